@@ -1,0 +1,1 @@
+"""The protocol as plain frozen dataclasses; protobuf types stop at wire.py."""
