@@ -287,20 +287,20 @@ class CancelRequestResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("id", "model", "replicas", "spec", "recovery_strategy", "max_retries")
-    ID_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("deployment", "model", "replicas", "spec", "recovery_strategy", "max_retries")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     RECOVERY_STRATEGY_FIELD_NUMBER: _ClassVar[int]
     MAX_RETRIES_FIELD_NUMBER: _ClassVar[int]
-    id: str
+    deployment: str
     model: str
     replicas: int
     spec: _common_pb2.ReplicaSpec
     recovery_strategy: str
     max_retries: int
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., replicas: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., recovery_strategy: _Optional[str] = ..., max_retries: _Optional[int] = ...) -> None: ...
+    def __init__(self, deployment: _Optional[str] = ..., model: _Optional[str] = ..., replicas: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., recovery_strategy: _Optional[str] = ..., max_retries: _Optional[int] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("deployment",)
