@@ -47,6 +47,14 @@ class Timings:
     # How long a worker keeps the shadow of a request whose gateway is gone.
     resume_grace: float
     resign: float
+    # How long a load may stand still: between two LoadProgress frames lie a slow disk's largest tensor or one compile.
+    load_progress: float
+    # Requests wait this long for a deployment that has no replica ready; a lost node is hoped for as long.
+    node_return: float
+    # A drain's default: running streams finish until then, and move after it.
+    drain: float
+    # Failed attempts to bring a replica up count against its budget for this long.
+    regroup_window: float
 
     def to_spec(self) -> TimingSpec:
         return TimingSpec(
@@ -82,6 +90,10 @@ def derive_timings(failure_timeout: float = 3.0, heartbeat_interval: float = 0.5
         reconnect_max=h,
         resume_grace=10 * f,
         resign=10 * f,
+        load_progress=10 * f,
+        node_return=10 * f,
+        drain=10 * f,
+        regroup_window=60 * f,
     )
     _require(2 * h < timings.session_silence, "2 × heartbeat_interval must be below the session silence")
     _require(
