@@ -28,6 +28,10 @@ class WireError(ValueError):
     """A received message breaks the protocol; the text names the field."""
 
 
+class UnknownBody(WireError):
+    """A frame whose body this version does not know: skip it, the peer is newer."""
+
+
 class Codec(Generic[T]):
     """Both directions for one dataclass. Raises TypeError at construction if the two definitions differ."""
 
@@ -82,10 +86,10 @@ class Envelope:
         return self._proto(**frame)
 
     def decode(self, frame: Any) -> Any:
-        """The body of `frame`. Raises WireError, also for a body that this version does not know."""
+        """The body of `frame`. Raises WireError, as UnknownBody for one that this version does not know."""
         field = frame.WhichOneof("body")
         if field is None:
-            raise WireError(f"{self._proto.DESCRIPTOR.name} without a known body")
+            raise UnknownBody(f"{self._proto.DESCRIPTOR.name} without a known body")
         return self._by_field[field].from_proto(getattr(frame, field))
 
 
