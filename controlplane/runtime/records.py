@@ -52,6 +52,8 @@ class PeerRecord:
     # Base URL of its HTTP gateway; "" where it serves none.
     url: str
     pid: int
+    # host.boot_id() of its machine; "": unknown, so that nobody there may judge it dead by its pid.
+    boot_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ class NodeRecord:
     serve_address: str
     host: str
     pid: int
+    # host.boot_id() of its machine.
     boot_id: str
     lease_id: int
 
