@@ -87,9 +87,12 @@ class PlacementRecord:
     replica: ReplicaId
     deployment: DeploymentId
     epoch: Epoch
+    # Empty: the replica is gone; the record stays so that its epochs never go back.
     members: tuple[Member, ...] = ()
     # Term of the leader that wrote it.
     term: Term
+    # What its ranks were told to load.
+    spec: ReplicaSpec | None = None
 
 
 def to_json(record: object) -> bytes:
