@@ -1,0 +1,96 @@
+"""Expert parallelism: each rank computes the experts it holds, the ranks' results are summed.
+
+Every rank of the tensor group has every token of the step, so combining is one all-reduce; nothing is dropped and
+nothing has a capacity. One registered function serves every family through the attributes that transformers' expert
+modules share (`is_transposed`, `has_bias`, `has_gate`, `_apply_gate`).
+
+Shape letters: T tokens, K experts chosen a token, S = T·K choices, H hidden size, I an expert's inner size, E experts
+held here. Products go through the module's `matmul` as in tensor.py, one call an expert and projection, with the
+expert's (O, I) view of the stacked weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from dataplane.parallel.groups import Group
+
+EXPERTS_IMPLEMENTATION = "perdure"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShard:
+    """Which experts lie here: [first, first + count) of the layer's, and the ranks whose results are summed."""
+
+    first: int
+    count: int
+    group: Group
+
+
+def experts_forward(module: nn.Module, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Σ over a token's chosen experts of weight · expert(x), (T, H). No host synchronisation on an accelerator."""
+    shard: ExpertShard = module.perdure_experts  # type: ignore[assignment]
+    if x_TH.is_meta:
+        return torch.empty_like(x_TH)
+    local_S = chosen_TK.reshape(-1) - shard.first
+    # Choices of experts held elsewhere sort behind all others, as expert number `count`.
+    local_S = torch.where((local_S >= 0) & (local_S < shard.count), local_S, shard.count)
+    sorted_S, order_S = torch.sort(local_S, stable=True)
+    compute = _by_groups if x_TH.is_cuda else _by_expert
+    y_SH = compute(module, x_TH[order_S // chosen_TK.shape[1]], sorted_S, shard.count)
+    y_SH = torch.where((sorted_S < shard.count).unsqueeze(-1), y_SH, 0)
+    # Back to the order of choices, then summed within a token in that order: no neighbour in the batch changes it.
+    choices_SH = torch.empty_like(y_SH)
+    choices_SH[order_S] = y_SH
+    weighted_TKH = choices_SH.view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
+    return shard.group.all_reduce(weighted_TKH.sum(1).to(x_TH.dtype))
+
+
+def _by_expert(module: nn.Module, x_SH: Tensor, sorted_S: Tensor, count: int) -> Tensor:
+    """One product an expert; the counts are on the host already. Rows behind the last expert stay zero."""
+    y_SH = torch.zeros_like(x_SH)
+    start = 0
+    for expert, rows in enumerate(torch.bincount(sorted_S, minlength=count + 1)[:count].tolist()):
+        if rows:
+            stop = start + rows
+            y_SH[start:stop] = _expert(module, x_SH[start:stop], expert)
+            start = stop
+    return y_SH
+
+
+def _expert(module: nn.Module, x_SH: Tensor, expert: int) -> Tensor:
+    up_SI = module.matmul(x_SH, *_weights(module, "gate_up_proj" if module.has_gate else "up_proj", expert))  # type: ignore[operator]
+    inner_SI = module._apply_gate(up_SI) if module.has_gate else module.act_fn(up_SI)  # type: ignore[operator]
+    return module.matmul(inner_SI, *_weights(module, "down_proj", expert))  # type: ignore[operator]
+
+
+def _weights(module: nn.Module, name: str, expert: int) -> tuple[Tensor, Tensor | None]:
+    weight = getattr(module, name)[expert]
+    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    return weight.T if module.is_transposed else weight, bias
+
+
+def _by_groups(module: nn.Module, x_SH: Tensor, sorted_S: Tensor, count: int) -> Tensor:
+    """All experts in two grouped products whose sizes stay on the device."""
+    held_S = sorted_S.clamp(max=count - 1)
+    experts_E = torch.arange(count, device=sorted_S.device)
+    offsets_E = (sorted_S.unsqueeze(0) == experts_E.unsqueeze(1)).sum(1).cumsum(0).to(torch.int32)
+    up_SI = _grouped(module, "gate_up_proj" if module.has_gate else "up_proj", x_SH, held_S, offsets_E)
+    # Rows behind the last group are left as they were in memory: cleared before they can become a NaN.
+    up_SI = torch.where((sorted_S < count).unsqueeze(-1), up_SI, 0)
+    inner_SI = module._apply_gate(up_SI) if module.has_gate else module.act_fn(up_SI)  # type: ignore[operator]
+    return _grouped(module, "down_proj", inner_SI, held_S, offsets_E)
+
+
+def _grouped(module: nn.Module, name: str, x_SI: Tensor, held_S: Tensor, offsets_E: Tensor) -> Tensor:
+    weight = getattr(module, name)
+    y_SO = F.grouped_mm(x_SI, weight if module.is_transposed else weight.transpose(-2, -1), offs=offsets_E)
+    return y_SO + getattr(module, f"{name}_bias")[held_S] if module.has_bias else y_SO
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
