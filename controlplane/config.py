@@ -98,6 +98,8 @@ class ModelSection(Section):
     path: Annotated[str, Field(min_length=1)] = DEMO_MODEL
     # The name clients ask for; left out: the last part of the path.
     name: str | None = None
+    # Names the desired state in etcd: a new model under an old name takes the old one's place.
+    deployment: Name = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     numerics: Literal["exact", "fast"] = "exact"
     load_format: Literal["auto", "dummy"] = "auto"
@@ -194,7 +196,7 @@ class ClusterConfig(Section):
         """What every rank of a replica must agree on."""
         model, degrees = self.model, self.parallelism
         return ReplicaSpec(
-            deployment=DeploymentId(self.model_name),
+            deployment=DeploymentId(self.model.deployment),
             model_path=model.path,
             dtype=model.dtype,
             numerics=model.numerics,
@@ -221,7 +223,7 @@ class ClusterConfig(Section):
         """The desired state that this file describes."""
         recovery = self.fault_tolerance
         return DeploymentRecord(
-            deployment=DeploymentId(self.model_name),
+            deployment=DeploymentId(self.model.deployment),
             model=self.model_name,
             spec=self.replica_spec(),
             replicas=self.replicas,

@@ -1,0 +1,1 @@
+"""`perdure ctl`: look at a running cluster and steer it."""

@@ -1,0 +1,125 @@
+"""Tables for people, from the rows of views."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tools.ctl.views import Row, words
+
+GOOD = frozenset({"live", "ready", "leading", "serving"})
+BAD = frozenset({"lost", "closed", "exited", "degraded", "unreachable", "frozen"})
+
+
+def status_tables(status: Row) -> Group:
+    """Leader line, then deployments, nodes, replicas and gateways."""
+    leader = status["leader"]
+    if leader is None:
+        head = Text(f"cluster {status['cluster']}: no leader (answered by {status['answered_by']})", style="red")
+    else:
+        head = Text.assemble(
+            f"cluster {status['cluster']}: leader {leader['id']} (pid {leader['pid']}, {leader['address']}), ",
+            f"term {leader['term']}, ",
+            state_text(leader["state"]),
+        )
+    parts: list[RenderableType] = [
+        head,
+        deployments_table(status["deployments"]),
+        nodes_table(status["nodes"]),
+        replicas_table(status["replicas"]),
+        gateways_table(status["gateways"]),
+    ]
+    if status["fenced"]:
+        counts = words(f"{count} {frame}" for frame, count in status["fenced"].items())
+        parts.append(Text(f"frames refused as stale: {counts}"))
+    return Group(*parts)
+
+
+def deployments_table(rows: list[Row]) -> Table:
+    table = _table("deployment", "model", "ready", "degrees", "numerics", "reason")
+    for row in rows:
+        degrees = f"tp {row['tensor']} · pp {row['pipeline']} · ep {row['expert']}"
+        ready = f"{row['ready']} of {row['replicas']}"
+        table.add_row(row["id"], row["model"], ready, degrees, row["numerics"], row["reason"])
+    return table
+
+
+def nodes_table(rows: list[Row]) -> Table:
+    table = _table("node", "host", "pid", "state", "rank", "rank pid", "device", "rank state", "replica", "reason")
+    for row in rows:
+        node = (row["id"], row["host"], str(row["pid"]), state_text(row["state"]))
+        ranks = row["ranks"] or [None]
+        for index, rank in enumerate(ranks):
+            cells = node if index == 0 else ("", "", "", "")
+            reason = row["reason"] if index == 0 else ""
+            if rank is None:
+                table.add_row(*cells, "", "", "", "", "", reason)
+                continue
+            replica = f"{rank['replica']} @ {rank['epoch']}" if rank["replica"] else ""
+            table.add_row(
+                *cells, str(rank["rank"]), str(rank["pid"]), rank["device"], state_text(rank["state"]), replica, reason
+            )
+    return table
+
+
+def replicas_table(rows: list[Row]) -> Table:
+    table = _table("replica", "state", "epoch", "running", "waiting", "free blocks", "step", "nodes", "reason")
+    for row in rows:
+        state = state_text(row["state"])
+        if row["state"] == "loading":
+            state.append(f" {row['load_fraction']:.0%} {row['load_stage']}")
+        blocks = f"{row['free_blocks']} of {row['total_blocks']}"
+        counts = (str(row["epoch"]), str(row["running"]), str(row["waiting"]), blocks, f"{row['step_ms']} ms")
+        table.add_row(row["id"], state, *counts, words(row["nodes"]), row["reason"])
+    return table
+
+
+def gateways_table(rows: list[Row]) -> Table:
+    table = _table("gateway", "pid", "url", "open requests")
+    for row in rows:
+        table.add_row(row["id"], str(row["pid"]), row["url"], str(row["open_requests"]))
+    return table
+
+
+def requests_table(rows: list[Row]) -> Table:
+    table = _table("request", "state", "age", "gateway", "replica", "attempt", "prompt", "max", "priority", "tenant")
+    for row in rows:
+        replica = f"{row['replica']} @ {row['epoch']}" if row["replica"] else ""
+        counts = (str(row[key]) for key in ("attempt", "prompt_tokens", "max_tokens", "priority"))
+        age = f"{row['age_ms'] / 1000:.1f} s"
+        table.add_row(row["id"], row["state"], age, row["gateway"], replica, *counts, row["tenant"])
+    return table
+
+
+def event_line(row: Row) -> Text:
+    """One event: time, name, whom it concerns, why."""
+    time = row["time"].split("T")[1].split("+")[0]
+    subjects = [f"{key} {row[key]}" for key in ("node", "replica", "request") if row[key]]
+    if row["epoch"]:
+        subjects.append(f"epoch {row['epoch']}")
+    subjects += [f"{key} {value}" for key, value in row["details"].items()]
+    text = Text.assemble((time, "dim"), " ", (row["name"], "bold"), "  ", ", ".join(subjects))
+    if row["reason"]:
+        text.append(f"  ({row['reason']})", style="yellow")
+    return text
+
+
+def state_text(state: str) -> Text:
+    style = "green" if state in GOOD else "red" if state in BAD else "yellow"
+    return Text(state, style=style)
+
+
+def show(content: RenderableType) -> None:
+    """Print to standard output; without a terminal wide enough that no cell is cut."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)
+    console.print(content)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold dim", title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
