@@ -1,0 +1,58 @@
+"""Terms: who leads, the fence against who led before, and frames to the one that leads."""
+
+from __future__ import annotations
+
+from controlplane.runtime.ids import Epoch, Term
+from controlplane.runtime.messages.common import Reason, ReasonKind
+from controlplane.runtime.messages.session import AttachDown, AttachUp, Fenced
+from dataplane.core.messages import HintLeader, LeaveLeader, SendLeader
+from dataplane.core.state import Turn
+
+
+def see_term(turn: Turn, term: Term, address: str = "") -> None:
+    """Someone spoke of `term`. A higher one than ours ends the session of the term before it."""
+    state = turn.state
+    if term <= state.highest_term:
+        return
+    raise_term(turn, term)
+    if address:
+        state.leader_address = address
+        turn.emit(HintLeader(address, term))
+    leader = state.leader
+    if leader is not None and leader.session is not None and leader.term < term:
+        reason = Reason(kind=ReasonKind.STALE_TERM, text=f"term {leader.term} was followed by {term}")
+        turn.emit(LeaveLeader(leader.link, reason, term, address))
+        state.leader = None
+
+
+def raise_term(turn: Turn, term: Term) -> None:
+    """A new term drops all reservations that have no body: its leader mints permits of its own."""
+    if term > turn.state.highest_term:
+        turn.state.highest_term = term
+        turn.state.reservations.clear()
+
+
+def tell(turn: Turn, body: AttachUp) -> None:
+    """Send to the leader of a live session. Without one nothing is kept: the next session's Snapshot says it all."""
+    leader = turn.state.leader
+    if leader is not None and leader.session is not None:
+        turn.emit(SendLeader(leader.link, body))
+
+
+def fence_term(turn: Turn, message: AttachDown, term: Term) -> None:
+    """Refuse a frame of an old term: count it, and say so."""
+    _fence(turn, message, term, Epoch(0))
+
+
+def fence_epoch(turn: Turn, message: AttachDown, epoch: Epoch) -> None:
+    """Refuse a frame about an old epoch: count it, and say so."""
+    _fence(turn, message, Term(0), epoch)
+
+
+def _fence(turn: Turn, message: AttachDown, term: Term, epoch: Epoch) -> None:
+    frame = type(message).__name__
+    turn.state.fenced[frame] += 1
+    leader = turn.state.leader
+    if leader is not None:
+        body = Fenced(frame=frame, seen_term=term, seen_epoch=epoch, highest_term=turn.state.highest_term)
+        turn.emit(SendLeader(leader.link, body))
