@@ -19,6 +19,7 @@ from controlplane.runtime.errors import Rejected
 from controlplane.runtime.etcd import ETCD_ERRORS, EtcdClient
 from controlplane.runtime.etcd_types import EtcdLeaseGone
 from controlplane.runtime.messages.common import Reason, ReasonKind
+from controlplane.runtime.race import race
 from controlplane.runtime.timing import ETCD_EXPIRY_LAG_S, Timings
 
 log = structlog.get_logger()
@@ -125,7 +126,8 @@ class LeaseKeeper:
         """Renew for ever. Raises nothing that etcd causes."""
         wait = self._timings.keepalive_period
         while True:
-            await self._pause(wait)
+            await race(self._clock.sleep(wait), self._hurry.wait())
+            self._hurry.clear()
             wait = await self._turn()
 
     async def close(self) -> None:
@@ -137,16 +139,6 @@ class LeaseKeeper:
             await self._client.lease_revoke(lease, timeout=self._timings.keepalive_deadline)
         except ETCD_ERRORS as error:
             log.warning("lease_left_to_expire", lease=lease, reason=error.reason.text)
-
-    async def _pause(self, seconds: float) -> None:
-        sleeping = asyncio.ensure_future(self._clock.sleep(seconds))
-        hurrying = asyncio.ensure_future(self._hurry.wait())
-        try:
-            await asyncio.wait({sleeping, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            sleeping.cancel()
-            hurrying.cancel()
-        self._hurry.clear()
 
     async def _turn(self) -> float:
         """One attempt at what is due. Seconds until the next."""

@@ -16,6 +16,12 @@ ETCD_EXPIRY_LAG_S = 0.5
 ETCD_CLIENT_KEEPALIVE_S = 6.0
 """etcd answers faster pings with GOAWAY too_many_pings (1 s did, 5.5 s did not); call deadlines notice sooner."""
 
+ETCD_START_S = 30.0
+"""An etcd child elects and serves within this, also with a long log to replay from a slow disk."""
+
+ETCD_STOP_S = 5.0
+"""An etcd child that was asked to end is killed after this."""
+
 
 class TimingError(ValueError):
     """The two times do not give a sound order; the text names the pair that is wrong."""
