@@ -14,14 +14,14 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def command(program: list[str]) -> list[str]:
-    """The command line that runs `program` as a child of this process, to be ended by SIGTERM when the *thread* that
+def command(program: list[str], ended_by: signal.Signals = signal.SIGTERM) -> list[str]:
+    """The command line that runs `program` as a child of this process, to be ended by a signal when the *thread* that
     starts it ends: start it from the main thread."""
-    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *program]
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(ended_by.value), *program]
 
 
-def main(parent: int, program: list[str]) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+def main(parent: int, ended_by: int, program: list[str]) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, ended_by) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     # The parent may have died before the request: then nobody will send the signal.
     if os.getppid() == parent:
@@ -29,4 +29,4 @@ def main(parent: int, program: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
