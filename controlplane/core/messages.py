@@ -278,7 +278,7 @@ class Recorded:
     epoch: Epoch = Epoch(0)
     request: RequestId = RequestId("")
     reason: Reason | None = None
-    details: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 Effect = (

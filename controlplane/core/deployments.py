@@ -1,0 +1,292 @@
+"""Desired state against actual state: which replicas there should be, and a place for those that have none.
+
+`reconcile` runs after every step that changed something it looks at. It does nothing that needs etcd while frozen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from controlplane.core.groups import note_epoch, place
+from controlplane.core.messages import AdminAnswered, ApplyAsked, AskId, WriteDeployment, WriteDone
+from controlplane.core.placement import FreeDevice, FreeNode, Wanted, plan
+from controlplane.core.recovery import bury, pardon, retire, settle_drains, start_drain
+from controlplane.core.scheduler import drop_queue
+from controlplane.core.state import ClusterState, Deployment, LeaderPhase, Node, NodePhase, Replica
+from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase, ReplicaSpec
+from controlplane.runtime.messages.route import RouteCode
+from controlplane.runtime.records import DeploymentRecord, PlacementRecord
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+NAME_LENGTH_MAX = 63
+
+STRATEGIES = ("checkpoint_restart", "elastic_scaling")
+
+
+# ---------------------------------------------------------------- what is desired
+
+
+def apply(state: ClusterState, ask: AskId, asked: ApplyAsked) -> None:
+    """An operator's deployment: checked, then written to etcd, then taken."""
+    fault = fault_of(state, asked.record)
+    if state.frozen:
+        fault = Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the leader cannot reach etcd")
+    if fault is not None:
+        state.emit(AdminAnswered(ask, fault))
+        return
+    write = state.mint_write()
+    state.applying[write] = (ask, asked.record)
+    state.emit(WriteDeployment(write, asked.record))
+
+
+def applied(state: ClusterState, done: WriteDone) -> None:
+    ask, record = state.applying.pop(done.write)
+    if not done.ok:
+        reason = done.reason or Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the deployment could not be written")
+        state.emit(AdminAnswered(ask, reason))
+        return
+    created = record.deployment not in state.deployments
+    change(state, record.deployment, record)
+    for replica in state.deployments[record.deployment].replicas.values():
+        pardon(state, replica)
+    state.emit(AdminAnswered(ask, None, created))
+
+
+def fault_of(state: ClusterState, record: DeploymentRecord) -> Reason | None:
+    """What is wrong with a deployment, naming the field; None if nothing is."""
+    degrees = record.spec.degrees
+    others = [deployment.record for deployment in state.deployments.values() if not deployment.removed]
+    rivals = [other for other in others if other.model == record.model and other.deployment != record.deployment]
+    faults = (
+        (not _is_name(record.deployment), f"deployment: {record.deployment!r} is no lower-case DNS label"),
+        (not record.model, "model: is empty"),
+        (not record.spec.model_path, "spec.model_path: is empty"),
+        (record.spec.deployment != record.deployment, "spec.deployment: differs from deployment"),
+        (record.replicas < 0, "replicas: is negative"),
+        (record.max_retries < 0, "max_retries: is negative"),
+        (min(degrees.tensor, degrees.pipeline, degrees.data, degrees.expert) < 1, "spec.degrees: must be at least 1"),
+        (
+            record.recovery_strategy not in STRATEGIES,
+            f"recovery_strategy: {record.recovery_strategy!r} is none of {', '.join(STRATEGIES)}",
+        ),
+        (bool(rivals), f"model: {record.model!r} is served by another deployment"),
+    )
+    for wrong, text in faults:
+        if wrong:
+            return Reason(kind=ReasonKind.INVALID, text=text)
+    return None
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= NAME_LENGTH_MAX and _NAME.fullmatch(name) is not None
+
+
+def change(state: ClusterState, name: DeploymentId, record: DeploymentRecord | None) -> None:
+    """Desired state as etcd has it now; None: the deployment is gone."""
+    state.replan = True
+    known = state.deployments.get(name)
+    if record is None:
+        if known is not None and not known.removed:
+            _remove(state, known)
+    elif known is None:
+        state.deployments[name] = Deployment(record)
+        state.record("deployment_created", details={"deployment": name, "replicas": str(record.replicas)})
+    elif known.record != record or known.removed:
+        known.record, known.removed = record, False
+        for replica in known.replicas.values():
+            state.row_changed(replica)
+        state.record("deployment_changed", details={"deployment": name, "replicas": str(record.replicas)})
+
+
+def _remove(state: ClusterState, deployment: Deployment) -> None:
+    deployment.removed = True
+    name = deployment.record.deployment
+    reason = Reason(kind=ReasonKind.ADMIN, text=f"deployment {name} was removed")
+    drop_queue(state, deployment, RouteCode.UNKNOWN_DEPLOYMENT, reason)
+    state.record("deployment_removed", reason=reason, details={"deployment": name})
+
+
+def restore(state: ClusterState, record: PlacementRecord) -> None:
+    """A placement that a former leader wrote: its workers will tell whether it still runs."""
+    note_epoch(state, record.replica, record.epoch)
+    deployment = state.deployments.get(record.deployment)
+    index = _index_of(record)
+    if deployment is None or index is None or not record.members:
+        return
+    replica = Replica(
+        replica=record.replica,
+        deployment=record.deployment,
+        index=index,
+        phase=ReplicaPhase.HELD,
+        epoch=record.epoch,
+        stored=record.epoch,
+        members=record.members,
+        spec=record.spec or deployment.record.spec,
+        adopting=True,
+        reason=Reason(kind=ReasonKind.SESSION_SILENT, text="waits for its workers to report"),
+    )
+    deployment.replicas[index] = replica
+    state.replicas[record.replica] = replica
+    state.row_changed(replica)
+
+
+def _index_of(record: PlacementRecord) -> int | None:
+    head, _, tail = record.replica.rpartition("-")
+    return int(tail) if head == record.deployment and tail.isdecimal() else None
+
+
+# ---------------------------------------------------------------- towards it
+
+
+def reconcile(state: ClusterState) -> None:
+    """Bring actual state towards desired state, as far as the leader may now."""
+    settle_drains(state)
+    if state.frozen:
+        return
+    for deployment in list(state.deployments.values()):
+        _add_missing(state, deployment)
+        _retire_surplus(state, deployment)
+        _roll(state, deployment)
+        if deployment.removed and not deployment.replicas:
+            del state.deployments[deployment.record.deployment]
+    if may_place(state):
+        _place_homeless(state)
+
+
+def may_place(state: ClusterState) -> bool:
+    """Devices are known well enough: after grace, or once every node in etcd has told what it holds."""
+    if state.phase is LeaderPhase.REBUILDING:
+        return not any(
+            node.phase is NodePhase.KNOWN or (node.link is not None and not node.known) for node in state.nodes.values()
+        )
+    return state.phase is LeaderPhase.LEADING
+
+
+def _add_missing(state: ClusterState, deployment: Deployment) -> None:
+    wanted = 0 if deployment.removed else deployment.record.replicas
+    for index in range(wanted):
+        if index not in deployment.replicas:
+            name = ReplicaId(f"{deployment.record.deployment}-{index}")
+            replica = Replica(
+                replica=name,
+                deployment=deployment.record.deployment,
+                index=index,
+                phase=ReplicaPhase.HELD,
+                epoch=Epoch(0),
+                stored=Epoch(0),
+            )
+            deployment.replicas[index] = state.replicas[name] = replica
+            state.row_changed(replica)
+
+
+def _retire_surplus(state: ClusterState, deployment: Deployment) -> None:
+    wanted = 0 if deployment.removed else deployment.record.replicas
+    for index in sorted(deployment.replicas, reverse=True):
+        replica = deployment.replicas[index]
+        if index >= wanted or deployment.removed:
+            text = f"{deployment.record.deployment} is to have {wanted} replicas"
+            retire(state, replica, Reason(kind=ReasonKind.ADMIN, text=text))
+        if replica.retiring and not replica.holds_devices:
+            bury(state, deployment, replica)
+
+
+def _roll(state: ClusterState, deployment: Deployment) -> None:
+    """Replace replicas of an older spec, one at a time, and only while all others serve."""
+    outdated = [
+        replica
+        for replica in deployment.replicas.values()
+        if replica.holds_devices and not replica.retiring and replica.spec != deployment.record.spec
+    ]
+    if not outdated:
+        return
+    reason = Reason(kind=ReasonKind.REPLACED, text=f"the spec of {deployment.record.deployment} changed")
+    idle = [replica for replica in outdated if replica.phase not in (ReplicaPhase.READY, ReplicaPhase.DRAINING)]
+    for replica in idle:
+        if not replica.adopting:
+            start_drain(state, replica, reason, left_s=0.0)
+    steady = all(replica.phase is ReplicaPhase.READY for replica in deployment.replicas.values())
+    if steady:
+        start_drain(state, min(outdated, key=lambda replica: replica.index), reason, left_s=0.0)
+
+
+def _place_homeless(state: ClusterState) -> None:
+    homeless = {
+        replica.replica: replica
+        for deployment in state.deployments.values()
+        for _, replica in sorted(deployment.replicas.items())
+        if _wants_place(replica)
+    }
+    if not homeless:
+        return
+    wanted = [
+        Wanted(
+            replica=replica.replica,
+            deployment=replica.deployment,
+            degrees=_spec(state, replica).degrees,
+            previous=replica.members,
+        )
+        for replica in homeless.values()
+    ]
+    for name, made in plan(wanted, _free_nodes(state), _siblings(state)).items():
+        replica = homeless[name]
+        if made.members:
+            place(state, replica, _spec(state, replica), made.members, made.reason)
+        else:
+            _hold(state, replica, made.reason)
+
+
+def _wants_place(replica: Replica) -> bool:
+    if replica.retiring or replica.adopting or replica.retry_s > 0:
+        return False
+    return replica.phase in (ReplicaPhase.CLOSED, ReplicaPhase.HELD)
+
+
+def _hold(state: ClusterState, replica: Replica, reason: Reason) -> None:
+    if replica.phase is ReplicaPhase.HELD and replica.reason == reason:
+        return
+    replica.phase, replica.reason = ReplicaPhase.HELD, reason
+    state.record("replica_held", replica=replica, reason=reason)
+    state.row_changed(replica)
+
+
+def _spec(state: ClusterState, replica: Replica) -> ReplicaSpec:
+    return state.deployments[replica.deployment].record.spec
+
+
+def _free_nodes(state: ClusterState) -> list[FreeNode]:
+    taken = {
+        (member.node, member.device)
+        for replica in state.replicas.values()
+        if replica.holds_devices
+        for member in replica.members
+    }
+    return [_free_node(state, node, taken) for node in state.nodes.values() if node.placeable]
+
+
+def _free_node(state: ClusterState, node: Node, taken: set[tuple[NodeId, str]]) -> FreeNode:
+    devices = [
+        FreeDevice(device=device.id, held=_held(state, node, device.id))
+        for device in node.devices
+        if (node.node, device.id) not in taken and device.id not in node.sick
+    ]
+    return FreeNode(node=node.node, host=node.host, free=tuple(devices))
+
+
+def _held(state: ClusterState, node: Node, device: str) -> tuple[DeploymentId, int] | None:
+    """Whose weights the device's rank holds."""
+    rank = node.ranks.get(device)
+    if rank is None or not rank.weights:
+        return None
+    replica = state.replicas.get(rank.replica)
+    return (replica.deployment, rank.rank) if replica is not None else None
+
+
+def _siblings(state: ClusterState) -> Mapping[tuple[DeploymentId, NodeId], int]:
+    counts: dict[tuple[DeploymentId, NodeId], int] = {}
+    for replica in state.replicas.values():
+        if replica.holds_devices:
+            for node in replica.nodes:
+                counts[replica.deployment, node] = counts.get((replica.deployment, node), 0) + 1
+    return counts

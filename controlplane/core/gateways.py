@@ -1,0 +1,194 @@
+"""Sessions of gateways: their journals are the truth about requests, the replica table is their map."""
+
+from __future__ import annotations
+
+from controlplane.core import scheduler
+from controlplane.core.messages import AdminAnswered, AskId, CancelAsked, ConnectionId
+from controlplane.core.state import ClusterState, Gateway, Link, Replica, Request
+from controlplane.runtime.ids import NodeId, RequestId
+from controlplane.runtime.messages.common import Permit, Reason, ReasonKind, ReplicaPhase
+from controlplane.runtime.messages.route import (
+    CancelRequest,
+    GatewayHello,
+    GatewayWelcome,
+    Inventory,
+    JournalInfo,
+    JournalPhase,
+    LeaderHeartbeat,
+    Locate,
+    Located,
+    ReplicaClosed,
+    ReplicaRow,
+    ReplicaTable,
+)
+
+
+def welcome(state: ClusterState, connection: ConnectionId, hello: GatewayHello) -> None:
+    """Take the gateway's session: the full table at once, its Inventory to come."""
+    gateway = state.gateways.get(hello.gateway)
+    if gateway is None or gateway.incarnation != hello.incarnation:
+        if gateway is not None and gateway.link is not None:
+            _supersede(state, gateway.link, "another process of its name came")
+        gateway = Gateway(hello.gateway, hello.incarnation, hello.url, hello.pid, hello.host)
+        state.gateways[hello.gateway] = gateway
+        state.record("gateway_joined", details={"gateway": hello.gateway, "url": hello.url})
+    elif gateway.link is not None:
+        _supersede(state, gateway.link, "a newer session of the same process")
+    gateway.link = state.links[connection] = Link(connection, gateway, state.mint_session())
+    gateway.known = False
+    gateway.listed.clear()
+    gateway.silence_s = gateway.gone_s = 0.0
+    body = GatewayWelcome(term=state.term, session=gateway.link.session, timing=state.timings.to_spec())
+    state.send_gateway(gateway, body)
+    rows = tuple(row_of(state, replica) for replica in state.replicas.values())
+    state.send_gateway(gateway, ReplicaTable(full=True, rows=rows))
+
+
+def _supersede(state: ClusterState, link: Link, text: str) -> None:
+    state.close_link(link, Reason(kind=ReasonKind.SUPERSEDED, text=text))
+
+
+def broken(state: ClusterState, gateway: Gateway) -> None:
+    """Its stream ended: it cannot be answered, so what it asked is dropped; it will ask again. What runs is kept."""
+    gateway.link = None
+    gateway.known = False
+    for name, request in list(state.requests.items()):
+        if request.gateway == gateway.gateway and request.permit is None:
+            scheduler.forget(state, name)
+
+
+def inventory(state: ClusterState, gateway: Gateway, chunk: Inventory) -> None:
+    """All the gateway's open journals. What it does not list is over."""
+    if gateway.known:
+        state.fence("Inventory")
+        return
+    for journal in chunk.journals:
+        gateway.listed.add(journal.entry.request)
+        _take_journal(state, gateway, journal)
+    if not chunk.last:
+        return
+    gateway.known = True
+    for name, request in list(state.requests.items()):
+        mine = request.gateway == gateway.gateway and request.incarnation == gateway.incarnation
+        if mine and name not in gateway.listed:
+            scheduler.forget(state, name)
+    gateway.listed.clear()
+
+
+def _take_journal(state: ClusterState, gateway: Gateway, journal: JournalInfo) -> None:
+    entry = journal.entry
+    if journal.phase is JournalPhase.ROUTING:
+        scheduler.route(state, gateway, entry)
+        return
+    replica = state.replicas.get(journal.replica)
+    if journal.phase is not JournalPhase.DRAINING_CLIENT and not _may_run(replica, journal):
+        _tell_closed(state, gateway, journal)
+        return
+    known = state.requests.get(entry.request)
+    if known is not None:
+        if known.entry.attempt > entry.attempt:
+            return
+        scheduler.forget(state, entry.request)
+    permit = Permit(
+        request=entry.request,
+        attempt=entry.attempt,
+        replica=journal.replica,
+        epoch=journal.epoch,
+        term=state.term,
+        priority=entry.priority,
+    )
+    scheduler.admit(state, gateway, entry, permit)
+    if replica is not None and replica.epoch == journal.epoch and journal.phase is not JournalPhase.DRAINING_CLIENT:
+        replica.load.outstanding.add(entry.request)
+
+
+def _may_run(replica: Replica | None, journal: JournalInfo) -> bool:
+    return replica is not None and replica.holds_devices and replica.epoch == journal.epoch
+
+
+def _tell_closed(state: ClusterState, gateway: Gateway, journal: JournalInfo) -> None:
+    """The journal runs on an epoch that is over: its gateway missed the news."""
+    text = f"epoch {journal.epoch} of {journal.replica} was over when the session began"
+    reason = Reason(kind=ReasonKind.STALE_EPOCH, text=text)
+    state.send_gateway(gateway, ReplicaClosed(replica=journal.replica, epoch=journal.epoch, reason=reason))
+
+
+def locate(state: ClusterState, gateway: Gateway, asked: Locate) -> None:
+    """Which node holds a request's shadow."""
+    node = _node_of(state, asked.request)
+    address = state.nodes[node].serve_address if node else ""
+    state.send_gateway(gateway, Located(request=asked.request, node=node, serve_address=address))
+
+
+def _node_of(state: ClusterState, request: RequestId) -> NodeId:
+    known = state.requests.get(request)
+    if known is not None and known.permit is not None:
+        replica = state.replicas.get(known.permit.replica)
+        if replica is not None and replica.epoch == known.permit.epoch and replica.members[0].node in state.nodes:
+            return replica.members[0].node
+    return next((node.node for node in state.nodes.values() if request in node.sequences), NodeId(""))
+
+
+def cancel_asked(state: ClusterState, ask: AskId, asked: CancelAsked) -> None:
+    """An operator's cancel goes to the request's gateway, which ends it in order with its body."""
+    request = state.requests.get(asked.request)
+    gateway = state.gateways.get(request.gateway) if request is not None else None
+    if gateway is None or gateway.link is None:
+        reason = Reason(kind=ReasonKind.UNKNOWN_ID, text=f"no request {asked.request}")
+        state.emit(AdminAnswered(ask, reason))
+        return
+    reason = Reason(kind=ReasonKind.ADMIN, text="an operator cancelled it")
+    state.send_gateway(gateway, CancelRequest(request=asked.request, reason=reason))
+    state.record("request_cancelled", request=asked.request, reason=reason)
+    state.emit(AdminAnswered(ask, None))
+
+
+def row_of(state: ClusterState, replica: Replica) -> ReplicaRow:
+    """The replica as gateways see it. One between two epochs is HELD: CLOSED would remove it from their table."""
+    deployment = state.deployments.get(replica.deployment)
+    driver = state.nodes.get(replica.members[0].node) if replica.members else None
+    spec = replica.spec or (deployment.record.spec if deployment else None)
+    gone = replica.replica not in state.replicas
+    phase = ReplicaPhase.HELD if replica.phase is ReplicaPhase.CLOSED and not gone else replica.phase
+    return ReplicaRow(
+        replica=replica.replica,
+        epoch=replica.epoch,
+        phase=phase,
+        node=driver.node if driver else NodeId(""),
+        serve_address=driver.serve_address if driver else "",
+        deployment=replica.deployment,
+        capacity=replica.capacity,
+        model_path=spec.model_path if spec else "",
+        model=deployment.record.model if deployment else "",
+        numerics=spec.numerics if spec else "",
+    )
+
+
+def tick(state: ClusterState, passed_s: float) -> None:
+    """Heartbeats down; silence and absence up."""
+    for gateway in list(state.gateways.values()):
+        if gateway.link is not None:
+            state.send_gateway(gateway, LeaderHeartbeat(frozen=state.frozen))
+            gateway.silence_s += passed_s
+            if gateway.silence_s >= state.timings.failure_timeout:
+                text = f"no frame for {gateway.silence_s:g} s"
+                state.close_link(gateway.link, Reason(kind=ReasonKind.SESSION_SILENT, text=text))
+                broken(state, gateway)
+        else:
+            gateway.gone_s += passed_s
+            if gateway.gone_s >= state.timings.resume_grace:
+                del state.gateways[gateway.gateway]
+                state.record("gateway_forgotten", details={"gateway": gateway.gateway})
+    for name, request in list(state.requests.items()):
+        if _has_journal(state, request):
+            request.orphan_s = 0.0
+        else:
+            request.orphan_s += passed_s
+            if request.orphan_s >= state.timings.resume_grace:
+                # nobody resumed it in time: its shadow is gone at the worker too
+                scheduler.forget(state, name)
+
+
+def _has_journal(state: ClusterState, request: Request) -> bool:
+    gateway = state.gateways.get(request.gateway)
+    return gateway is not None and gateway.link is not None and gateway.incarnation == request.incarnation

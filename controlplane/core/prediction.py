@@ -1,0 +1,71 @@
+"""How long a request would take on a replica: what the scheduler minimises.
+
+Seconds until its last token, from the replica's measured step time and what it has to do already. Steps are counted:
+those that prefill what stands before it and its own uncached prompt, those it waits for a slot in the batch or for KV
+blocks, and its own decode steps, which a fuller batch makes longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from controlplane.core.load import Load, Unseen
+from controlplane.runtime.messages.common import Capacity
+from controlplane.runtime.messages.route import RouteEntry
+
+CROWDING = 0.25
+"""How much longer a decode step of a full batch is taken to be than that of a lone sequence: decode reads the same
+weights for all, so far less than in proportion."""
+
+
+def demand(entry: RouteEntry, capacity: Capacity, cached_blocks: int) -> Unseen:
+    """What the request will ask of a replica."""
+    return Unseen(
+        sequences=entry.n,
+        prefill_tokens=_prefill_tokens(entry, capacity, cached_blocks),
+        blocks=_blocks(entry, capacity),
+    )
+
+
+def predicted_s(entry: RouteEntry, load: Load, capacity: Capacity) -> float:
+    """Seconds until the last token."""
+    own = _prefill_tokens(entry, capacity, load.cached_blocks(entry.prefix_hashes))
+    prefill_steps = (load.prefill_tokens + own) / capacity.max_batch_tokens
+    decode_steps = _decode_steps(entry)
+    occupancy = load.sequences / capacity.max_sequences
+    over = max(0.0, occupancy + entry.n / capacity.max_sequences - 1.0)
+    short = max(0, _blocks(entry, capacity) - load.free_blocks(capacity)) / max(1, capacity.total_blocks)
+    waiting_steps = (over + short) * decode_steps
+    return load.step_s * (prefill_steps + waiting_steps + decode_steps * (1 + CROWDING * occupancy))
+
+
+def congestion_s(entries: Sequence[RouteEntry], load: Load, capacity: Capacity) -> float:
+    """Seconds that one more request of such a batch adds to the next one on the same replica."""
+    steps = sum(
+        _prefill_tokens(entry, capacity, 0) / capacity.max_batch_tokens
+        + CROWDING * entry.n / capacity.max_sequences * _decode_steps(entry)
+        for entry in entries
+    )
+    return load.step_s * steps / len(entries)
+
+
+def fits(entry: RouteEntry, capacity: Capacity) -> bool:
+    """The replica can hold the request at all, with one token to come."""
+    tokens = entry.prompt_tokens + 1
+    limit = capacity.max_model_tokens
+    return (not limit or tokens <= limit) and ceil(tokens / capacity.block_tokens) <= capacity.total_blocks
+
+
+def _prefill_tokens(entry: RouteEntry, capacity: Capacity, cached_blocks: int) -> int:
+    # the last token is always computed: its logits are the first draw
+    return max(1, entry.prompt_tokens + entry.delivered_tokens - cached_blocks * capacity.block_tokens)
+
+
+def _decode_steps(entry: RouteEntry) -> int:
+    return max(1, entry.max_tokens - entry.delivered_tokens)
+
+
+def _blocks(entry: RouteEntry, capacity: Capacity) -> int:
+    """KV blocks at its end: the prompt's are shared by its choices."""
+    return ceil(entry.prompt_tokens / capacity.block_tokens) + entry.n * ceil(entry.max_tokens / capacity.block_tokens)

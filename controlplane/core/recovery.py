@@ -1,0 +1,251 @@
+"""How replicas end: closed by failure, or drained in order. Everything after a death is this one path.
+
+Closing is done in memory first: gateways are told and replay at once, no etcd needed. The next epoch is written before
+any of it is prepared (groups.py), once a place is found (deployments.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from controlplane.core.load import Load
+from controlplane.core.messages import DeletePlacement, WritePlacement
+from controlplane.core.state import (
+    FORMING_PHASES,
+    SERVING_PHASES,
+    ClusterState,
+    Deployment,
+    Drain,
+    Node,
+    Replica,
+)
+from controlplane.runtime.ids import RequestId
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
+from controlplane.runtime.messages.route import MoveRequests, ReplicaClosed
+from controlplane.runtime.messages.session import AbortGroup, ReleaseReplica, ReplicaLoad
+from controlplane.runtime.records import PlacementRecord
+
+
+def close(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequence[RequestId] = ()) -> None:
+    """End the replica's epoch. What follows (another epoch, or none) is for `reconcile`."""
+    assert replica.holds_devices, f"{replica.replica} is closed twice"
+    begun = replica.adopting or replica.phase in FORMING_PHASES | SERVING_PHASES
+    if replica.adopting or replica.phase in SERVING_PHASES:
+        state.send_gateways(
+            ReplicaClosed(replica=replica.replica, epoch=replica.epoch, reason=reason, suspects=tuple(suspects))
+        )
+    if begun:
+        end = ReleaseReplica if replica.retiring else AbortGroup
+        for node in _nodes(state, replica):
+            state.send_worker(node, end(replica=replica.replica, epoch=replica.epoch, reason=reason))
+    state.record("replica_closed", replica=replica, reason=reason, details={"suspects": ",".join(suspects)})
+    _reset(replica, ReplicaPhase.CLOSED, reason)
+    state.row_changed(replica)
+    state.replan = True
+    state.reroute.add(replica.deployment)
+
+
+def _reset(replica: Replica, phase: ReplicaPhase, reason: Reason) -> None:
+    replica.phase = phase
+    replica.reason = reason
+    replica.adopting = False
+    replica.acked.clear()
+    replica.load = Load()
+    replica.drain = None
+    replica.stalled_s = replica.homeless_s = replica.retry_s = 0.0
+
+
+def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequence[RequestId] = ()) -> None:
+    """Close after a failure. One on the way to READY, or right after it, counts against the replica's budget."""
+    young = replica.phase not in SERVING_PHASES or replica.served_s < state.timings.stage
+    charged = young and not replica.adopting
+    close(state, replica, reason, suspects)
+    if not charged:
+        return
+    failures = replica.failures
+    failures.append(state.now)
+    while state.now - failures[0] > state.timings.regroup_window:
+        failures.popleft()
+    if len(failures) >= state.limits.regroup_failures_max:
+        replica.phase = ReplicaPhase.DEGRADED
+        state.record("replica_degraded", replica=replica, reason=reason, details={"failures": str(len(failures))})
+    else:
+        replica.retry_s = state.timings.heartbeat_interval * 2 ** (len(failures) - 1)
+
+
+def pardon(state: ClusterState, replica: Replica) -> None:
+    """Something changed for the better: try again with a fresh budget."""
+    replica.failures.clear()
+    if replica.phase is ReplicaPhase.DEGRADED:
+        replica.phase = ReplicaPhase.CLOSED
+        state.record("replica_pardoned", replica=replica, reason=replica.reason)
+    replica.retry_s = 0.0
+    state.replan = True
+
+
+def pardon_all(state: ClusterState) -> None:
+    for replica in state.replicas.values():
+        if replica.phase is ReplicaPhase.DEGRADED:
+            pardon(state, replica)
+
+
+def close_on(state: ClusterState, node: Node, reason: Reason) -> None:
+    """Close whatever runs, forms or was running on the node."""
+    for replica in list(state.replicas.values()):
+        if replica.holds_devices and node.node in replica.nodes:
+            fail(state, replica, reason)
+
+
+# ---------------------------------------------------------------- ending in order
+
+
+def start_drain(state: ClusterState, replica: Replica, reason: Reason, left_s: float) -> None:
+    """No new work; what runs may end within `left_s` seconds, then moves. A replica that does not serve just ends."""
+    if not replica.holds_devices or replica.phase is ReplicaPhase.DRAINING:
+        return
+    if replica.phase is not ReplicaPhase.READY:
+        close(state, replica, reason)
+        return
+    replica.phase = ReplicaPhase.DRAINING
+    replica.reason = reason
+    replica.drain = Drain(reason, left_s)
+    state.record("replica_draining", replica=replica, reason=reason)
+    state.row_changed(replica)
+    state.replan = True
+    if left_s <= 0:
+        _move(state, replica, replica.drain)
+
+
+def stop_drain(state: ClusterState, replica: Replica) -> None:
+    """Serve on, if nothing was moved yet."""
+    if replica.drain is None or replica.drain.moved or replica.retiring:
+        return
+    replica.phase, replica.drain, replica.reason = ReplicaPhase.READY, None, None
+    state.record("replica_undrained", replica=replica)
+    state.row_changed(replica)
+    state.reroute.add(replica.deployment)
+
+
+def settle_drains(state: ClusterState) -> None:
+    """Close draining replicas that have nothing left to do."""
+    for replica in list(state.replicas.values()):
+        if replica.drain is not None and not replica.load.outstanding:
+            close(state, replica, replica.drain.reason)
+
+
+def _move(state: ClusterState, replica: Replica, drain: Drain) -> None:
+    """Tell the gateways to run elsewhere what still runs; they have one stage for it."""
+    drain.moved = True
+    drain.left_s = state.timings.stage
+    state.send_gateways(
+        MoveRequests(
+            replica=replica.replica,
+            epoch=replica.epoch,
+            deadline_ms=round(drain.left_s * 1000),
+            reason=drain.reason,
+        )
+    )
+    moving = len(replica.load.outstanding)
+    state.record("requests_moved", replica=replica, reason=drain.reason, details={"requests": str(moving)})
+
+
+def retire(state: ClusterState, replica: Replica, reason: Reason) -> None:
+    """End the replica for good: its requests move, then its ranks exit and its devices are free."""
+    if replica.retiring:
+        return
+    replica.retiring = True
+    start_drain(state, replica, reason, left_s=0.0)
+    state.replan = True
+
+
+def bury(state: ClusterState, deployment: Deployment, replica: Replica) -> None:
+    """Forget a closed replica that is retired. Its record keeps its epoch, unless its deployment goes too."""
+    assert not replica.holds_devices
+    assert replica.retiring
+    write = state.mint_write()
+    if deployment.removed:
+        state.emit(DeletePlacement(write, replica.replica))
+    else:
+        gone = PlacementRecord(
+            replica=replica.replica, deployment=replica.deployment, epoch=replica.epoch, term=state.term
+        )
+        state.emit(WritePlacement(write, gone))
+    replica.phase = ReplicaPhase.CLOSED
+    del deployment.replicas[replica.index]
+    del state.replicas[replica.replica]
+    state.row_changed(replica)
+    state.record("replica_retired", replica=replica, reason=replica.reason)
+
+
+# ---------------------------------------------------------------- work and time
+
+
+def load_heard(state: ClusterState, replica: Replica, load: ReplicaLoad, ack: int) -> None:
+    """The driver's account of what the replica does."""
+    before = replica.load.heartbeat
+    if before is None or before.progress != load.progress or load.running + load.waiting == 0:
+        replica.stalled_s = 0.0
+    replica.load.heard(load, ack)
+    state.reroute.add(replica.deployment)
+
+
+def tick(state: ClusterState, passed_s: float) -> None:
+    """Judge what waits: stages of a group, work without progress, drains, backoff."""
+    for replica in list(state.replicas.values()):
+        replica.retry_s = max(0.0, replica.retry_s - passed_s)
+        if replica.phase in FORMING_PHASES:
+            _judge_stage(state, replica, passed_s)
+        elif replica.phase in SERVING_PHASES:
+            replica.served_s += passed_s
+            _judge_progress(state, replica, passed_s)
+        elif not replica.holds_devices:
+            replica.homeless_s += passed_s
+        if replica.drain is not None:
+            _judge_drain(state, replica, replica.drain, passed_s)
+    state.replan = True
+
+
+def forgive_silence(state: ClusterState) -> None:
+    """The judge itself was away: nothing that stood still meanwhile is anyone's fault."""
+    for replica in state.replicas.values():
+        replica.stalled_s = 0.0
+
+
+def _judge_stage(state: ClusterState, replica: Replica, passed_s: float) -> None:
+    replica.stage_s += passed_s
+    loading = replica.phase is ReplicaPhase.LOADING
+    limit = state.timings.load_progress if loading else state.timings.stage
+    if replica.stage_s < limit:
+        return
+    missing = sorted(set(replica.nodes) - replica.acked)
+    what = f"load stood still at {replica.load_stage or 'its start'}" if loading else replica.phase.name.lower()
+    text = f"{what} for {limit:g} s; no answer from {', '.join(missing)}"
+    fail(state, replica, Reason(kind=ReasonKind.DEADLINE, text=text, node=missing[0], group=replica.replica))
+
+
+def _judge_progress(state: ClusterState, replica: Replica, passed_s: float) -> None:
+    """Only while its heartbeats come: a silent node is judged by its silence."""
+    driver = state.driver(replica)
+    heard = driver is not None and driver.silence_s <= state.timings.heartbeat_interval
+    if driver is None or not heard or not replica.load.busy:
+        return
+    replica.stalled_s += passed_s
+    if replica.stalled_s >= state.timings.progress_deadline:
+        text = f"its progress counter stood still for {replica.stalled_s:g} s with work to do"
+        reason = Reason(kind=ReasonKind.NO_PROGRESS, text=text, node=driver.node, group=replica.replica)
+        fail(state, replica, reason)
+
+
+def _judge_drain(state: ClusterState, replica: Replica, drain: Drain, passed_s: float) -> None:
+    drain.left_s -= passed_s
+    if drain.left_s > 0:
+        return
+    if drain.moved:
+        close(state, replica, drain.reason)
+    else:
+        _move(state, replica, drain)
+
+
+def _nodes(state: ClusterState, replica: Replica) -> list[Node]:
+    """Its nodes that can be told."""
+    return [node for name in replica.nodes if (node := state.nodes.get(name)) is not None and node.link is not None]

@@ -1,0 +1,329 @@
+"""Which request runs where, and when: intake, the queue's order, and an optimised choice of replica.
+
+A request is routed at once or waits; it is refused only with a code, a reason and, where trying again makes sense, a
+delay. Replicas are kept short of work they could not start soon (the window), so that order is decided here, where
+all of it is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+
+from controlplane.core.assignment import assign
+from controlplane.core.fair_queue import Ticket
+from controlplane.core.prediction import congestion_s, demand, fits, predicted_s
+from controlplane.core.state import ClusterState, Deployment, Gateway, Replica, Request
+from controlplane.runtime.ids import RequestId
+from controlplane.runtime.messages.common import Capacity, Permit, Reason, ReasonKind, ReplicaPhase
+from controlplane.runtime.messages.route import (
+    EndEntry,
+    ReplicaEpoch,
+    RouteCause,
+    RouteCode,
+    Routed,
+    RouteEntry,
+    RouteRefused,
+)
+
+CRASHES_MAX = 2
+"""A request that was in the unfinished step of this many dead engines is not run again."""
+
+STUCK_MAX = 256
+"""Waiting requests looked past, in one go, because no replica they may use has room."""
+
+
+def route(state: ClusterState, gateway: Gateway, entry: RouteEntry) -> None:
+    """Take a gateway's wish to run an attempt."""
+    known = state.requests.get(entry.request)
+    if known is not None:
+        if entry.attempt < known.entry.attempt:
+            state.fence("RouteEntry")
+            return
+        if entry.attempt == known.entry.attempt and _answer_again(state, gateway, known):
+            return
+        forget(state, entry.request)
+    refusal = _refusal(state, entry)
+    if refusal is not None:
+        refuse(state, gateway, entry, *refusal)
+        return
+    admit(state, gateway, entry)
+
+
+def admit(state: ClusterState, gateway: Gateway, entry: RouteEntry, permit: Permit | None = None) -> Request:
+    """Keep the request: in line, or running where `permit` says."""
+    deadline = state.now + entry.remaining_ms / 1000 if entry.remaining_ms else None
+    request = Request(entry, gateway.gateway, gateway.incarnation, state.now, deadline, permit)
+    state.requests[entry.request] = request
+    if permit is None:
+        state.deployments[entry.deployment].queue.push(_ticket(entry))
+        state.reroute.add(entry.deployment)
+    return request
+
+
+def end(state: ClusterState, ended: EndEntry) -> None:
+    """The gateway is done with the request."""
+    known = state.requests.get(ended.request)
+    if known is None:
+        return
+    if ended.attempt < known.entry.attempt:
+        state.fence("EndEntry")
+        return
+    forget(state, ended.request)
+
+
+def forget(state: ClusterState, request: RequestId) -> None:
+    """Drop the request and what is counted for it."""
+    known = state.requests.pop(request)
+    deployment = state.deployments.get(known.entry.deployment)
+    if deployment is not None:
+        deployment.queue.discard(request)
+    uncount(state, known)
+
+
+def uncount(state: ClusterState, request: Request) -> None:
+    """It asks nothing of its replica any more."""
+    permit = request.permit
+    replica = state.replicas.get(permit.replica) if permit is not None else None
+    if permit is None or replica is None or replica.epoch != permit.epoch:
+        return
+    replica.load.ended(permit.request)
+    state.reroute.add(replica.deployment)
+    if replica.drain is not None and not replica.load.outstanding:
+        state.replan = True
+
+
+def lapse(state: ClusterState, permit: Permit) -> None:
+    """A worker gave up waiting for the body of an assigned request."""
+    known = state.requests.get(permit.request)
+    if known is not None and known.permit == permit:
+        uncount(state, known)
+
+
+def refuse(
+    state: ClusterState, gateway: Gateway, entry: RouteEntry, code: RouteCode, reason: Reason, retry_s: float = 0.0
+) -> None:
+    if gateway.link is not None:
+        refused = RouteRefused(
+            request=entry.request, attempt=entry.attempt, code=code, reason=reason, retry_ms=round(retry_s * 1000)
+        )
+        state.out.refused.setdefault(gateway.link.connection, []).append(refused)
+
+
+def expire(state: ClusterState) -> None:
+    """Refuse what waited too long: past its own deadline, or past the hope for a replica."""
+    for deployment in state.deployments.values():
+        hopeless = _hopeless(state, deployment)
+        for name in list(deployment.queue):
+            request = state.requests[name]
+            if request.deadline is not None and state.now >= request.deadline:
+                reason = Reason(kind=ReasonKind.DEADLINE, text="no replica took it before its deadline")
+                _drop(state, request, RouteCode.DEADLINE, reason)
+            elif hopeless is not None and state.now - request.arrived >= state.timings.node_return:
+                _drop(state, request, RouteCode.NO_REPLICA, hopeless, state.timings.failure_timeout)
+        if deployment.queue:
+            state.reroute.add(deployment.record.deployment)
+
+
+def drop_queue(
+    state: ClusterState, deployment: Deployment, code: RouteCode, reason: Reason, retry_s: float = 0.0
+) -> None:
+    """Refuse all that waits for the deployment."""
+    for name in list(deployment.queue):
+        _drop(state, state.requests[name], code, reason, retry_s)
+
+
+def dispatch(state: ClusterState, deployment: Deployment) -> None:
+    """Assign as many waiting requests as the replicas' windows let in, first in line first."""
+    queue = deployment.queue
+    replicas = list(state.served_by(deployment))
+    stuck: list[Ticket] = []
+    while queue and len(stuck) < STUCK_MAX:
+        open_ones = [replica for replica in replicas if _room(state, replica) > 0]
+        if not open_ones:
+            break
+        considered = sorted(open_ones, key=lambda replica: _urgency(replica))[: state.limits.assignment_replicas_max]
+        tickets = queue.take(state.limits.assignment_batch_max)
+        left = _assign_batch(state, tickets, considered, replicas)
+        stuck.extend(left)
+    queue.restore(stuck)
+
+
+def _urgency(replica: Replica) -> float:
+    return replica.load.step_s * (1 + replica.load.sequences)
+
+
+def _assign_batch(
+    state: ClusterState, tickets: Sequence[Ticket], open_ones: Sequence[Replica], ready: Sequence[Replica]
+) -> list[Ticket]:
+    """Assign one batch at least cost; the tickets that found no place, in order."""
+    requests = [state.requests[ticket.request] for ticket in tickets]
+    entries = [request.entry for request in requests]
+    costs = [_costs(state, request, open_ones, ready) for request in requests]
+    room = [_room(state, replica) for replica in open_ones]
+    congestion = [congestion_s(entries, replica.load, _capacity(replica)) for replica in open_ones]
+    left: list[Ticket] = []
+    for ticket, request, choice in zip(tickets, requests, assign(costs, room, congestion), strict=True):
+        # n > 1 takes several places: what the batch filled before it may leave too few
+        if choice is None or not _takes(state, open_ones[choice], request.entry):
+            left.append(ticket)
+        else:
+            _grant(state, request, open_ones[choice])
+    return left
+
+
+def _costs(
+    state: ClusterState, request: Request, open_ones: Sequence[Replica], ready: Sequence[Replica]
+) -> list[float]:
+    """Predicted seconds on each replica; inf where it may not run."""
+    excluded = set(request.entry.exclude)
+    if all(_name(replica) in excluded for replica in ready) and _waited_out(state, request):
+        excluded.clear()
+    return [
+        inf
+        if _name(replica) in excluded or not fits(request.entry, _capacity(replica))
+        else predicted_s(request.entry, replica.load, _capacity(replica))
+        for replica in open_ones
+    ]
+
+
+def _waited_out(state: ClusterState, request: Request) -> bool:
+    """Nothing but what the gateway excluded is there: worth another try, but not at once."""
+    return state.now - request.arrived >= state.timings.heartbeat_interval
+
+
+def _grant(state: ClusterState, request: Request, replica: Replica) -> None:
+    """Give the permit: to the worker so that it reserves, to the gateway so that it sends the body."""
+    entry = request.entry
+    driver = state.driver(replica)
+    assert driver is not None
+    assert driver.link is not None
+    permit = Permit(
+        request=entry.request,
+        attempt=entry.attempt,
+        replica=replica.replica,
+        epoch=replica.epoch,
+        term=state.term,
+        solo=entry.crashes > 0,
+        priority=entry.priority,
+    )
+    request.permit = permit
+    state.out.assigned.setdefault(driver.link.connection, []).append(permit)
+    cached = replica.load.cached_blocks(entry.prefix_hashes)
+    replica.load.assigned(entry.request, demand(entry, _capacity(replica), cached), entry.prefix_hashes)
+    _send_routed(state, state.gateways[request.gateway], permit, replica)
+
+
+def _send_routed(state: ClusterState, gateway: Gateway, permit: Permit, replica: Replica) -> None:
+    driver = state.nodes[replica.members[0].node]
+    if gateway.link is not None:
+        routed = Routed(permit=permit, serve_address=driver.serve_address, node=driver.node)
+        state.out.routed.setdefault(gateway.link.connection, []).append(routed)
+
+
+def _answer_again(state: ClusterState, gateway: Gateway, known: Request) -> bool:
+    """The same attempt was asked for again: say the same, if it still holds."""
+    if known.permit is None:
+        known.gateway, known.incarnation = gateway.gateway, gateway.incarnation
+        return True
+    replica = state.replicas.get(known.permit.replica)
+    if replica is None or replica.epoch != known.permit.epoch or replica.phase is not ReplicaPhase.READY:
+        return False
+    _send_routed(state, gateway, known.permit, replica)
+    return True
+
+
+def _refusal(state: ClusterState, entry: RouteEntry) -> tuple[RouteCode, Reason, float] | None:
+    """Why the entry is not even let into the queue."""
+    deployment = state.deployments.get(entry.deployment)
+    if deployment is None or deployment.removed:
+        reason = Reason(kind=ReasonKind.UNKNOWN_ID, text=f"no deployment {entry.deployment}")
+        return RouteCode.UNKNOWN_DEPLOYMENT, reason, 0.0
+    if entry.crashes >= CRASHES_MAX:
+        text = f"it was in the unfinished step of {entry.crashes} engines that died"
+        return RouteCode.POISON, Reason(kind=ReasonKind.POISON, text=text), 0.0
+    if (too_long := _too_long(entry, deployment)) is not None:
+        return RouteCode.TOO_LONG, too_long, 0.0
+    hopeless = _hopeless(state, deployment)
+    if hopeless is not None and hopeless.kind is not ReasonKind.NO_CAPACITY:
+        return RouteCode.NO_REPLICA, hopeless, state.timings.failure_timeout
+    waiting = sum(other.queue.new for other in state.deployments.values())
+    if entry.cause is RouteCause.NEW and waiting >= state.limits.queued_requests_max:
+        reason = Reason(kind=ReasonKind.OVERLOADED, text=f"{waiting} requests wait already")
+        return RouteCode.OVERLOADED, reason, _retry_s(state, deployment)
+    return None
+
+
+def _too_long(entry: RouteEntry, deployment: Deployment) -> Reason | None:
+    capacities = [replica.capacity for replica in deployment.replicas.values() if replica.capacity is not None]
+    if not capacities or any(fits(entry, capacity) for capacity in capacities):
+        return None
+    largest = max(capacity.max_model_tokens for capacity in capacities)
+    text = f"{entry.prompt_tokens} prompt tokens; a replica takes {largest or 'what its KV blocks hold'}"
+    return Reason(kind=ReasonKind.INVALID, text=text)
+
+
+def _hopeless(state: ClusterState, deployment: Deployment) -> Reason | None:
+    """Why waiting will not help soon; None while a replica serves or comes up.
+
+    Of kind NO_CAPACITY while a node's return would help: worth a wait of timings.node_return.
+    """
+    replicas = [replica for replica in deployment.replicas.values() if not replica.retiring]
+    if any(replica.phase not in (ReplicaPhase.HELD, ReplicaPhase.DEGRADED) for replica in replicas):
+        return None
+    for replica in replicas:
+        if replica.phase is ReplicaPhase.HELD:
+            text = replica.reason.text if replica.reason else f"{replica.replica} waits for its nodes"
+            return Reason(kind=ReasonKind.NO_CAPACITY, text=text)
+    for replica in replicas:
+        text = replica.reason.text if replica.reason else ""
+        return Reason(kind=ReasonKind.GROUP_FAILED, text=f"{replica.replica} is degraded: {text}")
+    text = f"{deployment.record.deployment} has no replicas"
+    # right after a deployment was made its replicas are still to be planned
+    kind = ReasonKind.NO_CAPACITY if deployment.record.replicas else ReasonKind.ADMIN
+    return Reason(kind=kind, text=text)
+
+
+def _retry_s(state: ClusterState, deployment: Deployment) -> float:
+    """Longer the longer the queue: between one heartbeat interval and the failure timeout."""
+    window = sum(_window(state, replica) for replica in state.served_by(deployment))
+    rounds = len(deployment.queue) / window if window else inf
+    return min(state.timings.failure_timeout, state.timings.heartbeat_interval * (1 + rounds))
+
+
+def _drop(state: ClusterState, request: Request, code: RouteCode, reason: Reason, retry_s: float = 0.0) -> None:
+    gateway = state.gateways.get(request.gateway)
+    if gateway is not None:
+        refuse(state, gateway, request.entry, code, reason, retry_s)
+    forget(state, request.entry.request)
+
+
+def _window(state: ClusterState, replica: Replica) -> int:
+    return state.limits.window_batches * _capacity(replica).max_sequences
+
+
+def _room(state: ClusterState, replica: Replica) -> int:
+    return max(0, _window(state, replica) - replica.load.sequences)
+
+
+def _takes(state: ClusterState, replica: Replica, entry: RouteEntry) -> bool:
+    """Its choices fit into the window; more choices than the window go to an idle replica."""
+    return entry.n <= _room(state, replica) or replica.load.sequences == 0
+
+
+def _capacity(replica: Replica) -> Capacity:
+    assert replica.capacity is not None, f"{replica.replica} serves without a capacity"
+    return replica.capacity
+
+
+def _name(replica: Replica) -> ReplicaEpoch:
+    return ReplicaEpoch(replica=replica.replica, epoch=replica.epoch)
+
+
+def _ticket(entry: RouteEntry) -> Ticket:
+    return Ticket(
+        request=entry.request,
+        priority=entry.priority,
+        replay=entry.cause is not RouteCause.NEW,
+        tenant=entry.tenant,
+    )
