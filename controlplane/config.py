@@ -22,7 +22,7 @@ from controlplane.runtime.messages.common import ParallelDegrees, ReplicaSpec
 from controlplane.runtime.records import DeploymentRecord
 from controlplane.runtime.timing import Timings, derive_timings
 
-DEMO_MODEL = "demo"
+DEMO_MODEL = "gemma-3-270m"
 """The model path that stands for the Gemma 3 270M of the extra `demo`."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -94,7 +94,7 @@ class ParallelismSection(Section):
 
 
 class ModelSection(Section):
-    # A folder in Hugging Face form, a hub name, or "demo".
+    # A folder in Hugging Face form, a .gguf file, a hub name, or DEMO_MODEL.
     path: Annotated[str, Field(min_length=1)] = DEMO_MODEL
     # The name clients ask for; left out: the last part of the path.
     name: str | None = None
@@ -230,6 +230,16 @@ class ClusterConfig(Section):
             recovery_strategy=recovery.recovery_strategy,
             max_retries=recovery.max_retries if recovery.enable else 0,
         )
+
+    def with_etcd(self, endpoints: list[str]) -> ClusterConfig:
+        """The same configuration with etcd at `endpoints`."""
+        etcd = self.cluster.etcd.model_copy(update={"endpoints": endpoints})
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"etcd": etcd})})
+
+    def with_model(self, path: Path, name: str) -> ClusterConfig:
+        """The same configuration with the model's folder found; clients go on to ask for `name`."""
+        model = self.model.model_copy(update={"path": str(path), "name": name})
+        return self.model_copy(update={"model": model})
 
     def to_yaml(self) -> str:
         """A file that loads to an equal configuration."""

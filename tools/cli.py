@@ -38,6 +38,8 @@ def build_app(wanted: str | None) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        # Plain help: in 80 columns the boxes cut long options.
+        rich_markup_mode=None,
     )
     for name, command in COMMANDS.items():
         if name == wanted:

@@ -1,0 +1,1 @@
+"""`perdure up`: a whole cluster on one machine, started, watched, healed and stopped as one."""

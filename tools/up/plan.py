@@ -1,0 +1,176 @@
+"""What a local cluster consists of: nodes, control planes, the command line of each daemon. Starts nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from controlplane.config import ClusterConfig, ControlPlaneConfig, NodeConfig, Section
+from controlplane.config_source import ConfigError, Problem
+from tools.up.process import ChildSpec
+from tools.up.state import StateDir
+
+S = TypeVar("S", bound=Section)
+
+WILDCARD_HOSTS = frozenset({"0.0.0.0", "::"})
+LOCAL_HOSTS = frozenset({"127.0.0.1", "localhost", "::1", *WILDCARD_HOSTS})
+WORKERS_DEFAULT = 2
+HTTP_PORT_DEFAULT = 8000
+GRPC_PORT_DEFAULT = 7700
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalShape:
+    """What the flags and this machine say of the cluster's form. None: not given, so a default or the file's own."""
+
+    workers: int | None = None
+    controlplanes: int | None = None
+    http_port: int | None = None
+    grpc_port: int | None = None
+    host: str = "127.0.0.1"
+    # CUDA devices to use; 0: run on the CPU.
+    cuda_devices: int = 0
+    cpu_cores: int = 1
+
+
+def fit_to_machine(config: ClusterConfig, shape: LocalShape, free_port: Callable[[int], int]) -> ClusterConfig:
+    """`config` with every node and control plane of a cluster on this machine filled in. `free_port` gives the port
+    that it is asked for if it can, else another.
+
+    Raises ConfigError when it names another machine's nodes, or more ranks than there are devices.
+    """
+    nodes = _nodes(config, shape)
+    _require_local(config, nodes)
+    nodes = [node if node.ports else _with(node, ports=[free_port(0)]) for node in nodes]
+    cluster = _with(config.cluster, nodes=nodes, controlplanes=_controlplanes(config, shape, free_port))
+    model = config.model
+    on_cpu = all(device.startswith("cpu") for node in nodes for device in node.devices)
+    if on_cpu and model.cpu_threads == 0:
+        # A worker shares its node's cores among its ranks; here all workers share one machine's.
+        ranks = sum(len(node.devices) for node in nodes)
+        model = _with(model, cpu_threads=max(1, shape.cpu_cores // ranks))
+    return _with(config, cluster=cluster, model=model)
+
+
+def _nodes(config: ClusterConfig, shape: LocalShape) -> list[NodeConfig]:
+    if config.cluster.nodes and shape.workers is None:
+        names = config.node_names()
+        return [_with(node, name=name) for node, name in zip(config.cluster.nodes, names, strict=True)]
+    if not shape.cuda_devices:
+        workers = shape.workers or WORKERS_DEFAULT
+        replicas = config.parallelism.data_parallel_size or workers
+        each = -(-config.ranks_per_replica * replicas // workers)
+        return [_node(index, [f"cpu:{device}" for device in range(each)]) for index in range(workers)]
+    workers = shape.workers or max(1, min(WORKERS_DEFAULT, shape.cuda_devices // config.ranks_per_replica))
+    each = shape.cuda_devices // workers
+    if each == 0 or each * workers < config.ranks_per_replica:
+        raise ConfigError(
+            [
+                Problem(
+                    "",
+                    "parallelism",
+                    f"{workers} workers and {config.ranks_per_replica} ranks a replica need more than this machine's "
+                    f"{shape.cuda_devices} GPUs (give --device cpu to run without them)",
+                )
+            ]
+        )
+    return [
+        _node(index, [f"cuda:{device}" for device in range(index * each, (index + 1) * each)])
+        for index in range(workers)
+    ]
+
+
+def _node(index: int, devices: list[str]) -> NodeConfig:
+    return NodeConfig(name=f"worker-{index}", host="127.0.0.1", devices=devices)
+
+
+def _require_local(config: ClusterConfig, nodes: list[NodeConfig]) -> None:
+    problems = [
+        Problem("", f"cluster.{kind}[{index}].host", f"{part.host} is not this machine: start it there ({command})")
+        for kind, parts, command in (
+            ("nodes", nodes, "perdure worker"),
+            ("controlplanes", config.cluster.controlplanes, "perdure controlplane"),
+        )
+        for index, part in enumerate(parts)
+        if part.host not in LOCAL_HOSTS
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _controlplanes(
+    config: ClusterConfig, shape: LocalShape, free_port: Callable[[int], int]
+) -> list[ControlPlaneConfig]:
+    given = config.cluster.controlplanes
+    if given and shape.controlplanes is None:
+        processes = [_with(process, name=process.name or f"cp-{index}") for index, process in enumerate(given)]
+        if shape.http_port is not None:
+            processes[0] = _with(processes[0], http_port=shape.http_port)
+        return processes
+    first = shape.http_port or HTTP_PORT_DEFAULT
+    return [
+        ControlPlaneConfig(
+            name=f"cp-{index}",
+            host=shape.host,
+            port=free_port(GRPC_PORT_DEFAULT + index) if shape.grpc_port is None else shape.grpc_port + index,
+            http_port=first + index,
+        )
+        for index in range(shape.controlplanes or 1)
+    ]
+
+
+def reachable(host: str) -> str:
+    """An address of this machine at which a server that listens on `host` answers."""
+    return "127.0.0.1" if host in WILDCARD_HOSTS else host
+
+
+def controlplane_specs(config: ClusterConfig, state: StateDir) -> list[ChildSpec]:
+    """How to start the control planes of a fitted configuration that stands in `state.config`."""
+    return [
+        ChildSpec(
+            name=str(process.name),
+            argv=(
+                sys.executable,
+                *("-m", "controlplane"),
+                *("--config", str(state.config)),
+                *("--name", str(process.name)),
+                *("--host", process.host),
+                *("--advertise-host", reachable(process.host)),
+                *("--port", str(process.port)),
+                *("--http-port", str(process.http_port)),
+                *("--state-dir", str(state.path)),
+                *("--log-format", "json"),
+            ),
+            log_path=state.logs / f"{process.name}.log",
+        )
+        for process in config.cluster.controlplanes
+    ]
+
+
+def worker_specs(config: ClusterConfig, state: StateDir, etcd_endpoints: list[str]) -> list[ChildSpec]:
+    """How to start the worker daemons of a fitted configuration."""
+    return [
+        ChildSpec(
+            name=str(node.name),
+            argv=(
+                sys.executable,
+                *("-m", "dataplane"),
+                *("--etcd", ",".join(etcd_endpoints)),
+                *("--cluster", config.cluster.name),
+                *("--node", str(node.name)),
+                *("--port", str(node.ports[0])),
+                *("--devices", ",".join(node.devices)),
+                *("--state-dir", str(state.path)),
+                *("--log-format", "json"),
+            ),
+            log_path=state.logs / f"{node.name}.log",
+        )
+        for node in config.cluster.nodes
+    ]
+
+
+def _with(section: S, **changes: object) -> S:
+    """A copy of a section with some values changed, checked like the original."""
+    return type(section).model_validate({**section.model_dump(), **changes})
