@@ -44,7 +44,7 @@ class LocalCluster:
             self._watch(self._supervise_etcd(self._etcd))
         self._state.config.write_text(self.config.with_etcd(self.etcd_endpoints).to_yaml())
         self._controlplanes = [self._child(spec) for spec in controlplane_specs(self.config, self._state)]
-        self._workers = [self._child(spec) for spec in worker_specs(self.config, self._state, self.etcd_endpoints)]
+        self._workers = [self._child(spec) for spec in worker_specs(self.config, self._state)]
         await self._start(self._controlplanes)
         await self._or_failure(apply_deployment(self.addresses, self.config))
         await self._start(self._workers)

