@@ -268,13 +268,14 @@ def _credentials(options: EtcdOptions) -> grpc.ChannelCredentials | None:
 def _channel_options(timings: Timings) -> GrpcOptions:
     """Unlike the cluster's own channels: etcd answers fast pings, and pings without calls, with too_many_pings. Call
     deadlines do the noticing."""
+    silence_ms = round(timings.session_silence * 1000)
     return [
         ("grpc.keepalive_time_ms", round(ETCD_CLIENT_KEEPALIVE_S * 1000)),
-        ("grpc.keepalive_timeout_ms", round(timings.ping_timeout * 1000)),
-        ("grpc.http2.ping_timeout_ms", round(timings.ping_timeout * 1000)),
+        ("grpc.keepalive_timeout_ms", silence_ms),
+        ("grpc.http2.ping_timeout_ms", silence_ms),
         ("grpc.initial_reconnect_backoff_ms", 100),
         # Bounds one attempt to connect, TLS handshake included.
-        ("grpc.min_reconnect_backoff_ms", round(timings.session_silence * 1000)),
+        ("grpc.min_reconnect_backoff_ms", silence_ms),
         ("grpc.max_reconnect_backoff_ms", max(100, round(timings.reconnect_max * 1000))),
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
