@@ -96,11 +96,11 @@ class Envelope:
 _codecs: dict[type, Codec[Any]] = {}
 
 
-def codec_of(cls: type[T], descriptor: Descriptor) -> Codec[T]:
+def codec_of(cls: type[T], descriptor: Any) -> Codec[T]:
     """The codec of `cls`, made at its first use; `cls` must always be paired with the same message."""
     codec = _codecs.get(cls)
     if codec is None:
-        codec = _codecs[cls] = Codec(cls, GetMessageClass(descriptor))  # type: ignore[arg-type]
+        codec = _codecs[cls] = Codec(cls, GetMessageClass(descriptor))
     return codec
 
 

@@ -39,7 +39,7 @@ def free_port() -> int:
 
 
 async def eventually(what: str, condition: Callable[[], Any], timeout: float = 30.0) -> Any:
-    """Poll `condition` (plain or async) until it is true and return its value; fail naming `what` after `timeout` seconds."""
+    """Poll `condition` (plain or async) until it is true and return its value; fail naming `what` after `timeout` s."""
     deadline = time.monotonic() + timeout
     last: Any = None
     while time.monotonic() < deadline:

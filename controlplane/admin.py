@@ -1,0 +1,146 @@
+"""Servicer of Admin: what people and programs ask of a cluster.
+
+Any control-plane process answers. What only the leader knows is asked of it; without a leader `Status` still says what
+this process sees, and everything else is UNAVAILABLE with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from controlplane.coordinator import Coordinator
+from controlplane.core.messages import AdminAnswered, ApplyAsked, CancelAsked, DrainAsked, UndrainAsked
+from controlplane.core.views import requests_view, status_view
+from controlplane.event_log import EventRecord
+from controlplane.runtime.codec import WireError, codec_of
+from controlplane.runtime.errors import Retryable
+from controlplane.runtime.ids import NodeId, RequestId
+from controlplane.runtime.leader import LeaderWatch
+from controlplane.runtime.messages.common import ReasonKind
+from controlplane.runtime.records import DeploymentRecord
+from controlplane.runtime.timing import Timings, channel_options
+from protos.perdure.v1 import admin_pb2, admin_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_STATUS_OF = {
+    ReasonKind.UNKNOWN_ID: grpc.StatusCode.NOT_FOUND,
+    ReasonKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    ReasonKind.NO_CAPACITY: grpc.StatusCode.FAILED_PRECONDITION,
+    ReasonKind.STORE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ReasonKind.NOT_LEADER: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class AdminServicer(admin_pb2_grpc.AdminServicer):
+    """Answers from the coordinator where this process leads, else with what the leader's Admin answers."""
+
+    def __init__(self, coordinator: Coordinator, leader: LeaderWatch, timings: Timings) -> None:
+        self._coordinator = coordinator
+        self._leader = leader
+        self._timings = timings
+
+    async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> Any:
+        view = self._coordinator.view(status_view)
+        if view is None:
+            if self._leader.current is None:
+                return self._leaderless_status()
+            return await self._ask_leader("Status", request, context)
+        response = codec_of(type(view), admin_pb2.StatusResponse.DESCRIPTOR).to_proto(view)
+        response.answered_by = self._coordinator.identity.name
+        return response
+
+    async def ListRequests(self, request: admin_pb2.ListRequestsRequest, context: Context) -> Any:
+        rows = self._coordinator.view(requests_view)
+        if rows is None:
+            return await self._ask_leader("ListRequests", request, context)
+        descriptor = admin_pb2.RequestStatus.DESCRIPTOR
+        return admin_pb2.ListRequestsResponse(requests=[codec_of(type(row), descriptor).to_proto(row) for row in rows])
+
+    async def Events(self, request: admin_pb2.EventsRequest, context: Context) -> AsyncIterator[Any]:
+        if self._coordinator.term is None and self._leader.current is not None:
+            async with self._leader_channel() as channel:
+                async for event in admin_pb2_grpc.AdminStub(channel).Events(request):
+                    yield event
+            return
+        codec = codec_of(EventRecord, admin_pb2.EventsResponse.DESCRIPTOR)
+        async for record in self._coordinator.events.follow(request.last, request.follow):
+            yield codec.to_proto(record)
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> Any:
+        if self._coordinator.term is None:
+            return await self._ask_leader("Drain", request, context)
+        await self._ask(DrainAsked(NodeId(request.node), request.deadline_ms), context)
+        return admin_pb2.DrainResponse(phase=self._node_phase(request.node))
+
+    async def Undrain(self, request: admin_pb2.UndrainRequest, context: Context) -> Any:
+        if self._coordinator.term is None:
+            return await self._ask_leader("Undrain", request, context)
+        await self._ask(UndrainAsked(NodeId(request.node)), context)
+        return admin_pb2.UndrainResponse(phase=self._node_phase(request.node))
+
+    async def Cancel(self, request: admin_pb2.CancelRequestRequest, context: Context) -> Any:
+        if self._coordinator.term is None:
+            return await self._ask_leader("Cancel", request, context)
+        await self._ask(CancelAsked(RequestId(request.request)), context)
+        return admin_pb2.CancelRequestResponse()
+
+    async def Apply(self, request: admin_pb2.ApplyRequest, context: Context) -> Any:
+        if self._coordinator.term is None:
+            return await self._ask_leader("Apply", request, context)
+        codec = codec_of(DeploymentRecord, admin_pb2.DeploymentSpec.DESCRIPTOR)
+        try:
+            record = codec.from_proto(request.deployment)
+        except WireError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        answer = await self._ask(ApplyAsked(record), context)
+        return admin_pb2.ApplyResponse(created=answer.created)
+
+    async def _ask(self, body: DrainAsked | UndrainAsked | CancelAsked | ApplyAsked, context: Context) -> AdminAnswered:
+        try:
+            answer = await self._coordinator.ask(body)
+        except Retryable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        if answer.error is not None:
+            code = _STATUS_OF.get(answer.error.kind, grpc.StatusCode.FAILED_PRECONDITION)
+            await context.abort(code, answer.error.text or answer.error.kind.name.lower())
+        return answer
+
+    async def _ask_leader(self, method: str, request: Any, context: Context) -> Any:
+        leader = self._leader.current
+        if leader is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no control plane leads at the moment")
+        async with self._leader_channel() as channel:
+            call = getattr(admin_pb2_grpc.AdminStub(channel), method)
+            try:
+                return await call(request, timeout=self._timings.stage)
+            except grpc.aio.AioRpcError as error:
+                text = error.details() or ""
+                if error.code() == grpc.StatusCode.UNAVAILABLE:
+                    text = f"the leader {leader.name} at {leader.address} does not answer: {text}"
+                await context.abort(error.code(), text)
+
+    def _leader_channel(self) -> grpc.aio.Channel:
+        leader = self._leader.current
+        assert leader is not None
+        return grpc.aio.insecure_channel(leader.address, options=channel_options(self._timings))
+
+    def _node_phase(self, node: str) -> admin_pb2.NodePhase:
+        view = self._coordinator.view(status_view)
+        phases = [row.phase for row in view.nodes if row.id == node] if view is not None else []
+        return admin_pb2.NodePhase(int(phases[0])) if phases else admin_pb2.NODE_PHASE_UNSPECIFIED  # type: ignore[return-value]
+
+    def _leaderless_status(self) -> admin_pb2.StatusResponse:
+        identity = self._coordinator.identity
+        spec = self._timings.to_spec()
+        return admin_pb2.StatusResponse(
+            cluster=identity.cluster,
+            answered_by=identity.name,
+            timing={
+                "failure_timeout_ms": spec.failure_timeout_ms,
+                "heartbeat_interval_ms": spec.heartbeat_interval_ms,
+            },
+        )

@@ -1,0 +1,190 @@
+"""Sixteen greedy streams over two replicas, and something is killed: every stream ends as if nothing had."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from tests.support.cluster import Cluster, Daemon, eventually
+from tests.support.streams import Stream, Wave, assert_identical, start_wave
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="session")]
+
+STREAMS = 16
+TOKENS = 200
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def undisturbed(running_cluster: Cluster) -> list[Stream]:
+    return await wave(running_cluster).finish()
+
+
+def wave(cluster: Cluster, through: str | None = None) -> Wave:
+    """The sixteen streams, through one gateway."""
+    return start_wave(cluster.address(through), cluster.url(through), STREAMS, TOKENS)
+
+
+def report(row: str, streams: list[Stream]) -> None:
+    gap = max(stream.longest_gap_s for stream in streams)
+    print(f"\n{row}: {len(streams)} streams complete, longest gap {gap * 1000:.0f} ms")
+
+
+async def heal(cluster: Cluster, *restart: Daemon) -> dict[str, Any]:
+    for daemon in restart:
+        daemon.kill()
+        daemon.start()
+    return await cluster.wait_ready()
+
+
+async def one_request(cluster: Cluster, through: str | None = None) -> Stream:
+    """A new short request, complete."""
+    (stream,) = await start_wave(cluster.address(through), cluster.url(through), 1, 8).finish()
+    assert not stream.error, stream.error
+    return stream
+
+
+async def test_streams_over_two_replicas_equal_the_undisturbed_run(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    running = wave(cluster)
+    await running.reach(20)
+    status = await cluster.status()
+    assert all(row["running"] > 0 for row in status["replicas"]), "both replicas carry streams"
+    assert_identical(await running.finish(), undisturbed, TOKENS)
+
+
+async def test_a_rank_is_killed(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    running = wave(cluster)
+    await running.reach(30)
+    victim = (await cluster.ranks())[0]
+    os.kill(victim["pid"], signal.SIGKILL)
+    streams = await running.finish()
+    report("rank SIGKILL", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    status = await heal(cluster)
+    epochs = {row["id"]: int(row["epoch"]) for row in status["replicas"]}
+    assert epochs[victim["replica"]] > int(victim["epoch"]), "the replica came back under a higher epoch"
+
+
+async def test_a_worker_daemon_is_killed(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    running = wave(cluster)
+    await running.reach(30)
+    victim = cluster.workers["w0"]
+    ranks = [rank["pid"] for rank in await cluster.ranks() if rank["node"] == "w0"]
+    victim.kill()
+    await eventually("its ranks died with it", lambda: not any(Path(f"/proc/{pid}/stat").exists() for pid in ranks))
+    streams = await running.finish()
+    report("worker SIGKILL", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    await heal(cluster, victim)
+
+
+async def test_the_leader_is_killed_while_clients_sit_on_another_gateway(
+    cluster: Cluster, undisturbed: list[Stream]
+) -> None:
+    leader = await cluster.leader()
+    (other,) = [name for name in cluster.controlplanes if name != leader.name]
+    running = wave(cluster, other)
+    await running.reach(30)
+    leader.kill()
+    killed = time.monotonic()
+    await one_request(cluster, other)
+    accepted_after = time.monotonic() - killed
+    streams = await running.finish()
+    report(f"leader SIGKILL (a new request was served after {accepted_after * 1000:.0f} ms)", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    await heal(cluster, leader)
+
+
+async def test_etcd_is_killed_and_restarted(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    running = wave(cluster)
+    await running.reach(30)
+    before = {name: daemon.pid for name, daemon in zip(cluster.controlplanes, cluster.daemons(), strict=False)}
+    cluster.etcd.kill()
+    away_until = time.monotonic() + 30
+    streams = await running.finish()
+    report("etcd SIGKILL", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    while time.monotonic() < away_until:
+        await one_request(cluster)
+        await asyncio.sleep(1)
+    await cluster.etcd.start()
+    assert all(daemon.running for daemon in cluster.daemons()), "no process exits"
+    status = await heal(cluster)
+    assert {node["id"]: node["phase"] for node in status["nodes"]} == {
+        "w0": "NODE_PHASE_LIVE",
+        "w1": "NODE_PHASE_LIVE",
+    }
+    assert {name: daemon.pid for name, daemon in zip(cluster.controlplanes, cluster.daemons(), strict=False)} == before
+    await one_request(cluster)
+
+
+async def test_a_worker_is_drained_by_sigterm(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    running = wave(cluster)
+    await running.reach(30)
+    victim = cluster.workers["w1"]
+    victim.signal(signal.SIGTERM)
+    streams = await running.finish()
+    report("worker SIGTERM", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    assert victim.process is not None
+    await eventually("the drained worker exits", lambda: victim.process.poll() is not None)  # type: ignore[union-attr]
+    assert victim.process.returncode == 0
+    await heal(cluster, victim)
+
+
+async def test_a_worker_is_stopped_and_continues_as_a_zombie(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    running = wave(cluster)
+    await running.reach(30)
+    victim = cluster.workers["w0"]
+    ranks = {rank["pid"] for rank in await cluster.ranks() if rank["node"] == "w0"}
+    victim.signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+
+    async def noticed() -> bool:
+        nodes = {node["id"]: node["phase"] for node in (await cluster.status())["nodes"]}
+        return nodes["w0"] in ("NODE_PHASE_UNREACHABLE", "NODE_PHASE_LOST")
+
+    await eventually("the stopped worker is noticed", noticed)
+    noticed_after = time.monotonic() - stopped
+    streams = await running.finish()
+    report(f"worker SIGSTOP (noticed after {noticed_after:.1f} s)", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    await asyncio.sleep(max(0.0, 15 - (time.monotonic() - stopped)))
+    victim.signal(signal.SIGCONT)
+    await heal(cluster)
+    back = {rank["pid"] for rank in await cluster.ranks() if rank["node"] == "w0"}
+    assert back == ranks, "it comes back with its processes and weights"
+    assert_identical(await wave(cluster).finish(), undisturbed, TOKENS)
+
+
+async def test_a_zombie_leader_gets_nothing_accepted(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    leader = await cluster.leader()
+    (other,) = [name for name in cluster.controlplanes if name != leader.name]
+    term = int((await cluster.status(other))["leader"]["term"])
+    running = wave(cluster, other)
+    await running.reach(30)
+    leader.signal(signal.SIGSTOP)
+
+    async def deposed() -> bool:
+        return int((await cluster.status(other))["leader"]["term"]) > term
+
+    await eventually("a new leader is elected", deposed)
+    streams = await running.finish()
+    report("leader SIGSTOP", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    leader.signal(signal.SIGCONT)
+
+    async def refused() -> int:
+        return sum(int(row["count"]) for row in (await cluster.status(other))["fenced"])
+
+    count = await eventually("frames of the old term are refused and counted", refused)
+    print(f"\nzombie leader: {count} frames refused")
+    status = await cluster.status(other)
+    assert status["leader"]["id"] == other
+    assert_identical(await wave(cluster, other).finish(), undisturbed, TOKENS)

@@ -1,0 +1,36 @@
+"""Fixtures of all tests. The cluster is one for the whole run: each test gets it whole again."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from tests.support.cluster import Cluster
+from tests.support.models import tiny_model
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    """Two control planes, two workers of one rank, a real etcd, a small real model."""
+    folder: Path = tmp_path_factory.mktemp("cluster")
+    # large enough that a step takes some milliseconds, so that a kill meets streams in flight
+    model = tiny_model(folder / "model", "llama", hidden_size=256, num_hidden_layers=8, intermediate_size=1024)
+    cluster = Cluster(folder, model, controlplanes=2, workers=2)
+    try:
+        await cluster.start()
+        yield cluster
+    finally:
+        await cluster.stop()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def cluster(running_cluster: Cluster) -> Cluster:
+    """The cluster, healed of what an earlier test did to it."""
+    for daemon in running_cluster.daemons():
+        if not daemon.running:
+            daemon.start()
+    await running_cluster.wait_ready()
+    return running_cluster
