@@ -65,7 +65,7 @@ class FusedLinear(Linear):
         self._parts: list[Tensor | None] = []
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """Output `index` for `x`. The product is computed at the first request for `x`, and kept till each part went."""
+        """Output `index` for `x`. The product is computed at the first request for `x`, and kept till all went."""
         if self._input is not x:
             self._input = x
             self._parts = list(super().forward(x).split(self._sizes, dim=-1))
