@@ -56,7 +56,7 @@ def on_opened(turn: Turn, event: LeaderOpened) -> None:
     if state.leader is not None:
         reason = Reason(kind=ReasonKind.SUPERSEDED, text="a newer link was opened")
         turn.emit(LeaveLeader(state.leader.link, reason, state.highest_term))
-    state.leader = Leader(event.link)
+    state.leader = Leader(event.link, event.address)
     turn.emit(SendLeader(event.link, state.identity.hello(state.highest_term, state.lease_id)))
 
 
@@ -133,6 +133,7 @@ def _welcomed(turn: Turn, leader: Leader, welcome: WorkerWelcome) -> None:
         return
     raise_term(turn, welcome.term)
     leader.term, leader.session = welcome.term, welcome.session
+    state.leader_address = leader.address
     turn.emit(Recorded("session_begun", details={"term": str(welcome.term), "session": str(welcome.session)}))
     for chunk in _snapshot(turn):
         tell(turn, chunk)

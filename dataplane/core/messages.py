@@ -73,6 +73,7 @@ class LeaderOpened:
     """A stream to a supposed leader is open."""
 
     link: LinkId
+    address: str
 
 
 @dataclass(frozen=True, slots=True)

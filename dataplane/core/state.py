@@ -91,6 +91,7 @@ class Leader:
     """The link to a leader; `session` is None until its Welcome."""
 
     link: LinkId
+    address: str
     term: Term = Term(0)
     session: SessionId | None = None
 
