@@ -55,6 +55,7 @@ class LeaderGuard:
         connection = PeerConnection(record.address, self._timings)
         try:
             await connection.until_it_works()
+            log.info("leader_guarded", leader=record.name, term=record.term, address=record.address)
             while True:
                 await connection.until_it_breaks()
                 if await refused_twice(record.address, self._timings) and await self._end(record, lease):
