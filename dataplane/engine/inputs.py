@@ -1,0 +1,83 @@
+"""A plan as tensors.
+
+Shape letters: T tokens of the step, N rows of logits, E entries, B blocks of the longest table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dataplane.engine.plan import StepPlan
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """Where each entry's tokens lie: on the host, for attention to arrange its work by."""
+
+    starts_E: Ints
+    counts_E: Ints
+    # Row of the entry's first token among the step's.
+    offsets_E: Ints
+    # Block numbers; 0 behind an entry's last.
+    tables_EB: Ints
+    block_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """What a forward pass takes."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    # Where each token's key and value go, over all blocks.
+    slots_T: Tensor
+    rows_N: Tensor
+    rope_lengths_T: Tensor | None
+    ragged: Ragged
+
+
+def prepare(plan: StepPlan, block_tokens: int, device: torch.device, needs_rope_lengths: bool) -> StepInputs:
+    """Tensors of `plan` on `device`."""
+    starts, counts = unpack(plan.starts), unpack(plan.counts)
+    offsets = np.cumsum(counts) - counts
+    tables = _dense(unpack(plan.tables), unpack(plan.table_lengths))
+    entry_T = np.repeat(np.arange(len(counts)), counts)
+    positions = np.arange(len(entry_T)) + (starts - offsets)[entry_T]
+    slots = tables[entry_T, positions // block_tokens] * block_tokens + positions % block_tokens
+    ropes = unpack(plan.rope_lengths)[entry_T] if needs_rope_lengths else None
+    return StepInputs(
+        tokens_T=_place(unpack(plan.tokens), device),
+        positions_T=_place(positions, device),
+        slots_T=_place(slots, device),
+        rows_N=_place(logit_rows(offsets + counts, unpack(plan.logit_counts)), device),
+        rope_lengths_T=None if ropes is None else _place(ropes, device),
+        ragged=Ragged(starts, counts, offsets, tables, block_tokens),
+    )
+
+
+def unpack(column: bytes) -> Ints:
+    """A plan's column."""
+    return np.frombuffer(column, dtype="<u4").astype(np.int64)
+
+
+def logit_rows(ends_E: Ints, logits_E: Ints) -> Ints:
+    """The last logits_E[i] rows before ends_E[i], entry by entry."""
+    return np.arange(logits_E.sum()) + np.repeat(ends_E - np.cumsum(logits_E), logits_E)
+
+
+def _dense(tables: Ints, lengths: Ints) -> Ints:
+    dense = np.zeros((len(lengths), int(lengths.max(initial=1))), dtype=np.int64)
+    dense[np.arange(dense.shape[1]) < lengths[:, None]] = tables
+    return dense
+
+
+def _place(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)

@@ -1,0 +1,64 @@
+"""Fast, batch-invariant matrix products on a CPU: oneDNN with packed weights.
+
+A packed product of two or more rows gives each row the same bits whatever the others are (measured: float32 and
+bfloat16, 2 to 192 rows); of one row it may not, so a lone row is computed twice. It also is the fastest way: half the
+time of `F.linear` for one row in bfloat16.
+
+Shape letters: T rows, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+_ROWS_HINT = 16
+"""Number of rows that the packing is chosen for; one packing serves every number."""
+
+
+class PackedMatmul:
+    """Takes the place of `F.linear` on a module (`dataplane.parallel.tensor.Matmul`).
+
+    Keeps a packed copy of each weight that it meets: a module may own several, as slices of one tensor.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+
+    def __call__(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        packed = self._packed.get((weight_OI.data_ptr(), weight_OI.shape))
+        if packed is None:
+            packed = self.prepare(weight_OI)
+        shape = x.shape
+        rows = x.reshape(-1, shape[-1])
+        lone = rows.shape[0] == 1
+        if lone:
+            rows = rows.expand(2, -1).contiguous()
+        y = torch.ops.mkldnn._linear_pointwise(rows, packed, bias_O, "none", [], "")
+        return (y[:1] if lone else y).view(*shape[:-1], y.shape[-1])
+
+    def prepare(self, weight_OI: Tensor) -> Tensor:
+        """Pack a weight that will be multiplied by."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), _ROWS_HINT)
+        self._packed[weight_OI.data_ptr(), weight_OI.shape] = packed
+        return packed
+
+
+def pack(module: nn.Module) -> None:
+    """Give every module under `module` with a `matmul` a packed one, and pack its weight now if it is one matrix.
+
+    Leaves a dtype that oneDNN does not pack, and an nn.Linear that no one has fitted, as they are.
+    """
+    for item in module.modules():
+        if getattr(item, "matmul", None) is not F.linear:
+            continue
+        packed = PackedMatmul()
+        weight = getattr(item, "weight", None)
+        if isinstance(weight, Tensor):
+            if weight.dtype not in PACKED_DTYPES:
+                continue
+            packed.prepare(weight)
+        item.matmul = packed  # type: ignore[assignment]

@@ -1,0 +1,45 @@
+"""How many tokens a step may compute, so that no step takes longer than others can wait for. Pure."""
+
+from __future__ import annotations
+
+_WEIGHT = 0.3
+"""Share of the newest measurement in the running estimate."""
+
+_TOKENS_MIN = 32
+"""A step of so many tokens is always allowed: below it, overhead outweighs them."""
+
+
+class Pacer:
+    """Learns the time of a prompt token from finished steps, and sizes the next step by it.
+
+    A step of a whole token budget can take seconds on a slow device; decoding streams would stall behind it and the
+    judge of progress would have nothing to see.
+    """
+
+    def __init__(self, step_s_max: float, tokens_max: int) -> None:
+        self._step_s_max = step_s_max
+        self._tokens_max = tokens_max
+        self._token_s = 0.0
+        self._step_s = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step may have."""
+        if not self._token_s:
+            return self._tokens_max
+        return max(_TOKENS_MIN, min(int(self._step_s_max / self._token_s), self._tokens_max))
+
+    @property
+    def step_s(self) -> float:
+        """Running estimate of a step's time."""
+        return self._step_s
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """A step of `tokens` took so long. Only steps with enough of them tell what one costs."""
+        self._step_s = _blend(self._step_s, seconds)
+        if tokens >= _TOKENS_MIN:
+            self._token_s = _blend(self._token_s, seconds / tokens)
+
+
+def _blend(old: float, new: float) -> float:
+    return old + _WEIGHT * (new - old) if old else new

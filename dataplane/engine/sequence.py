@@ -1,0 +1,129 @@
+"""One sequence as the batch scheduler sees it. Pure; owned by the scheduler alone."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from controlplane.runtime.messages.common import Reason, Sampling
+from controlplane.runtime.messages.serve import FinishReason
+from dataplane.frames import SequenceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceRequest:
+    """What is to run: `prompt` then `delivered` are its tokens so far; generation goes on at index len(delivered)."""
+
+    id: SequenceId
+    prompt: array[int]
+    delivered: array[int]
+    sampling: Sampling
+    priority: int = 0
+    cache_salt: str = ""
+    allow_cached: bool = True
+    solo: bool = False
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Why a sequence is over."""
+
+    sequence: SequenceId
+    reason: FinishReason
+    stop_id: int | None = None
+    error: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Emitted:
+    """A token that a step gave, at `index` of the sequence's generated tokens."""
+
+    sequence: SequenceId
+    entry: int
+    index: int
+    token: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Mutable state of a sequence. Positions count from 0 over prompt, delivered and generated tokens."""
+
+    request: SequenceRequest
+    # Known tokens; those sampled by a step under way are counted in `pending`.
+    tokens: array[int]
+    # Generation ends when this many tokens exist.
+    tokens_max: int
+    stop_ids: frozenset[int]
+    # Place in the one order of all sequences; unique, lowest first (scheduler.py).
+    rank: tuple[int, int]
+    # Start of its hash chain, and whether its blocks may be found by others.
+    seed: bytes
+    shares: bool
+    pending: int = 0
+    # Positions whose KV is computed or being computed, and those whose step is done.
+    computed: int = 0
+    settled: int = 0
+    blocks: list[int] = field(default_factory=list[int])
+    chain: list[bytes] = field(default_factory=list[bytes])
+    published: int = 0
+    # Counts preemptions: a step of an earlier life must not settle positions of this one.
+    life: int = 0
+    # The last step that it is part of, and its entry there.
+    last_step: int = 0
+    last_entry: int = 0
+    admitted: bool = False
+
+    @property
+    def id(self) -> SequenceId:
+        return self.request.id
+
+    @property
+    def length(self) -> int:
+        """Tokens that exist or will when the steps under way are done."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose KV is to be computed before the next one can be sampled."""
+        return self.length - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.missing == 1 and self.computed >= self.prompt_length
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing is left to sample."""
+        return self.length >= self.tokens_max
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They travel with the first token: a replay that has one delivered them already."""
+        return self.request.sampling.prompt_logprobs is not None and self.length == self.prompt_length
+
+    @property
+    def needs_history(self) -> bool:
+        """Its next draw depends on the tokens before it beyond the logits."""
+        sampling = self.request.sampling
+        return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1)
+
+    def verdict(self, token: int) -> Ended | None:
+        """The end that `token`, its last one, brings, if any."""
+        generated = len(self.tokens) - self.prompt_length
+        if token in self.stop_ids and generated > self.request.sampling.min_tokens:
+            return Ended(sequence=self.id, reason=FinishReason.STOP, stop_id=token)
+        if len(self.tokens) >= self.tokens_max:
+            return Ended(sequence=self.id, reason=FinishReason.LENGTH)
+        return None
+
+    def append(self, token: int) -> int:
+        """Add a token that was pending; returns its index among the generated ones."""
+        assert self.pending > 0, "a token that no step sampled"
+        self.pending -= 1
+        self.tokens.append(token)
+        return len(self.tokens) - self.prompt_length - 1

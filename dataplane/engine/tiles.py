@@ -1,0 +1,161 @@
+"""How a step's attention is cut into tiles of constant width, so that no row's arithmetic depends on the batch.
+
+Each sequence's cached positions are cut at multiples of TILE_TOKENS. A query attends to each tile by itself, and the
+tiles' results are merged in order (split-KV attention, as in FlashDecoding, arXiv:2311.01282). Widths that never
+change keep a matrix product from choosing another order of summation; positions outside a row's sight add exact
+zeros. So a token's output has the same bits alone, in any batch, chunked and replayed. All tiles of a batch are one
+call.
+
+Shape letters: N tiles, B sequences of a group, R query rows a KV head, L positions of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataplane.engine.inputs import Ints, Ragged
+
+TILE_TOKENS = 64
+
+ROWS_MULTIPLE = 4
+"""Matrix products of one to three rows take other kernels: groups of rows are padded to a multiple of this."""
+
+PARTIAL_ELEMENTS_MAX = 1 << 24
+"""Bound on the elements of all tiles' results of one call, so that a long prompt is attended in pieces."""
+
+_HIDDEN = -1e30
+"""Added to scores that a row may not see. Finite: a tile that is wholly out of a row's sight then has weight 0, not
+0 / 0."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TileGroup:
+    """Sequences, or a piece of one, attended in one call.
+
+    Tiles lie level by level: the first tile of every sequence, then the second of those that have one, and so on,
+    sequences with the most tiles first. Level i is the next `levels[i]` tiles.
+    """
+
+    # Rows of the step whose queries these are, `queries` of each of the B sequences.
+    rows: slice | Tensor
+    queries: int
+    levels: tuple[int, ...]
+    # Sequence of each tile.
+    owner_N: Tensor
+    # The tiles' blocks, tile by tile.
+    blocks: Tensor
+    # (N, 1, R or 1, L), added to scores.
+    mask: Tensor
+
+    @property
+    def tiles(self) -> int:
+        return self.owner_N.shape[0]
+
+
+def tile_tokens(block_tokens: int) -> int:
+    """Width of a tile: a whole number of blocks."""
+    return max(TILE_TOKENS // block_tokens, 1) * block_tokens
+
+
+def cut(ragged: Ragged, window: int | None, heads_per_kv: int, width: int, dtype: torch.dtype) -> Iterator[TileGroup]:
+    """The groups of a step for layers with this window and `heads_per_kv` query heads a KV head.
+
+    `width`: elements of one query row over all KV heads, for the bound on memory.
+    """
+    single = np.flatnonzero(ragged.counts_E == 1)
+    if len(single):
+        yield from _decodes(ragged, single, window, heads_per_kv, width, dtype)
+    for entry in np.flatnonzero(ragged.counts_E > 1):
+        yield from _pieces(ragged, int(entry), window, heads_per_kv, width, dtype)
+
+
+def _decodes(
+    ragged: Ragged, entries: Ints, window: int | None, heads: int, width: int, dtype: torch.dtype
+) -> Iterator[TileGroup]:
+    """Entries of one token each, as many a group as the memory bound allows."""
+    tile = tile_tokens(ragged.block_tokens)
+    positions = ragged.starts_E[entries]
+    first = _first_seen(positions, window) // tile
+    count = positions // tile - first + 1
+    order = np.argsort(-count, kind="stable")
+    entries, positions, first, count = entries[order], positions[order], first[order], count[order]
+    budget = max(PARTIAL_ELEMENTS_MAX // (width * heads), 1)
+    begin = 0
+    while begin < len(entries):
+        end = begin + max(int(np.searchsorted(np.cumsum(count[begin:]), budget, side="right")), 1)
+        part = slice(begin, end)
+        levels = _levels(count[part])
+        owner, number = _level_major(levels, first[part])
+        base = number * tile
+        mask = _mask(base, positions[part][owner][:, None], window, tile, dtype)
+        yield TileGroup(
+            rows=torch.from_numpy(ragged.offsets_E[entries[part]]),
+            queries=1,
+            levels=levels,
+            owner_N=torch.from_numpy(owner),
+            blocks=_blocks(ragged, entries[part][owner], number),
+            mask=mask,
+        )
+        begin = end
+
+
+def _pieces(
+    ragged: Ragged, entry: int, window: int | None, heads: int, width: int, dtype: torch.dtype
+) -> Iterator[TileGroup]:
+    """A chunk of a prompt, in pieces within the memory bound."""
+    tile = tile_tokens(ragged.block_tokens)
+    start, count, offset = (int(column[entry]) for column in (ragged.starts_E, ragged.counts_E, ragged.offsets_E))
+    tiles = (start + count - 1) // tile + 1
+    step = max(min(PARTIAL_ELEMENTS_MAX // (width * heads * tiles), 2 * tile), ROWS_MULTIPLE)
+    for begin in range(0, count, step):
+        positions = np.arange(start + begin, start + min(begin + step, count))
+        first = int(_first_seen(positions[:1], window)[0]) // tile
+        number = np.arange(first, int(positions[-1]) // tile + 1)
+        rows = np.repeat(positions, heads)
+        rows = np.pad(rows, (0, -len(rows) % ROWS_MULTIPLE), mode="edge")
+        mask = _mask(number * tile, np.broadcast_to(rows, (len(number), len(rows))), window, tile, dtype)
+        yield TileGroup(
+            rows=slice(offset + begin, offset + begin + len(positions)),
+            queries=len(positions),
+            levels=(1,) * len(number),
+            owner_N=torch.zeros(len(number), dtype=torch.long),
+            blocks=_blocks(ragged, np.full(len(number), entry), number),
+            mask=mask,
+        )
+
+
+def _first_seen(positions: Ints, window: int | None) -> Ints:
+    return np.maximum(positions - window + 1, 0) if window else np.zeros_like(positions)
+
+
+def _levels(count_B: Ints) -> tuple[int, ...]:
+    """How many sequences have an i-th tile; `count_B` falls."""
+    return tuple(int(n) for n in np.searchsorted(-count_B, -np.arange(1, count_B[0] + 1), side="right"))
+
+
+def _level_major(levels: tuple[int, ...], first_B: Ints) -> tuple[Ints, Ints]:
+    """Owner and tile number of each tile."""
+    owner = np.concatenate([np.arange(n) for n in levels])
+    return owner, first_B[owner] + np.repeat(np.arange(len(levels)), levels)
+
+
+def _blocks(ragged: Ragged, entry_N: Ints, number_N: Ints) -> Tensor:
+    """Blocks of tile number_N[i] of entry_N[i]; behind the entry's last block any block will do: no row sees it."""
+    per_tile = tile_tokens(ragged.block_tokens) // ragged.block_tokens
+    column = number_N[:, None] * per_tile + np.arange(per_tile)
+    last = ragged.tables_EB.shape[1] - 1
+    return torch.from_numpy(ragged.tables_EB[entry_N[:, None], np.minimum(column, last)].reshape(-1))
+
+
+def _mask(base_N: Ints, positions_NR: Ints, window: int | None, tile: int, dtype: torch.dtype) -> Tensor:
+    distance = positions_NR[:, :, None] - (base_N[:, None] + np.arange(tile))[:, None, :]
+    hidden = distance < 0
+    if window:
+        hidden |= distance >= window
+    mask = torch.zeros(hidden.shape, dtype=dtype)
+    return mask.masked_fill_(torch.from_numpy(hidden), _HIDDEN).unsqueeze(1)
