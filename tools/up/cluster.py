@@ -1,4 +1,4 @@
-"""A local cluster's life: etcd, control planes, workers; watched while they run, stopped in order."""
+"""The life of what one command starts: etcd, control planes, workers; watched while they run, stopped in order."""
 
 from __future__ import annotations
 
@@ -6,31 +6,28 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
-from controlplane.config import ClusterConfig
 from controlplane.runtime.errors import PerdureError
 from controlplane.runtime.etcd_server import EtcdChild
 from tools.up.desired import apply_deployment, forget_other_timing
 from tools.up.display import Display
-from tools.up.plan import controlplane_specs, reachable, worker_specs
-from tools.up.process import Child, ChildFailed, ChildSpec, describe_exit
+from tools.up.plan import ClusterPlan, EtcdPlan
+from tools.up.process import Child, ChildFailed, describe_exit
 from tools.up.readiness import wait_ready
 from tools.up.state import RunningCluster, StateDir
 
 
 class LocalCluster:
-    """The processes of one local cluster. Owned by one `perdure up`."""
+    """The processes of one command. Owned by one `perdure up` or `perdure serve`."""
 
-    def __init__(self, config: ClusterConfig, state: StateDir, notice: Callable[[str], None]) -> None:
-        """`config` is fitted to this machine; `notice` takes a line for people when a process dies or is back."""
-        self.config = config
+    def __init__(self, plan: ClusterPlan, state: StateDir, notice: Callable[[str], None]) -> None:
+        """`notice` takes a line for people when a process dies or is back."""
+        self._plan = plan
         self._state = state
         self._notice = notice
-        self._timings = config.timings()
-        self._etcd: EtcdChild | None = None
-        if not config.cluster.etcd.endpoints:
-            self._etcd = EtcdChild(data_dir=state.etcd, log_path=state.logs / "etcd.log", timings=self._timings)
-        self._controlplanes: list[Child] = []
-        self._workers: list[Child] = []
+        self._timings = plan.config.timings()
+        self._etcd = None if plan.etcd is None else self._etcd_child(plan.etcd)
+        self._controlplanes = [Child(spec, self._timings, notice) for spec in plan.controlplanes]
+        self._workers = [Child(spec, self._timings, notice) for spec in plan.workers]
         self._supervision: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -40,18 +37,17 @@ class LocalCluster:
         """
         if self._etcd is not None:
             await self._etcd.start()
-            await forget_other_timing(self._etcd.endpoint, self.config)
+            await forget_other_timing(self._etcd.endpoint, self._plan.config)
             self._watch(self._supervise_etcd(self._etcd))
-        self._state.config.write_text(self.config.with_etcd(self.etcd_endpoints).to_yaml())
-        self._controlplanes = [self._child(spec) for spec in controlplane_specs(self.config, self._state)]
-        self._workers = [self._child(spec) for spec in worker_specs(self.config, self._state)]
-        await self._start(self._controlplanes)
-        await self._or_failure(apply_deployment(self.addresses, self.config))
+        self._state.config.write_text(self._plan.config.with_etcd(self.etcd_endpoints).to_yaml())
+        if self._controlplanes:
+            await self._start(self._controlplanes)
+            await self._or_failure(apply_deployment(self._plan.addresses, self._plan.config))
         await self._start(self._workers)
 
     async def until_ready(self, display: Display) -> None:
         """Wait until every replica and gateway is ready. Raises ChildFailed or ModelRefused."""
-        await self._or_failure(wait_ready(self.addresses, self.urls, self.config, display))
+        await self._or_failure(wait_ready(self._plan.addresses, self._plan.urls, self._plan.config, display))
 
     async def until_failure(self) -> None:
         """Wait, for ever if all goes well. Raises ChildFailed when a process cannot be kept alive."""
@@ -75,19 +71,7 @@ class LocalCluster:
 
     @property
     def etcd_endpoints(self) -> list[str]:
-        return [self._etcd.endpoint] if self._etcd is not None else list(self.config.cluster.etcd.endpoints)
-
-    @property
-    def addresses(self) -> list[str]:
-        """host:port of each control plane's gRPC server, as seen from here."""
-        return [f"{reachable(process.host)}:{process.port}" for process in self.config.cluster.controlplanes]
-
-    @property
-    def urls(self) -> list[str]:
-        """Base URL of each gateway, as seen from here."""
-        return [
-            f"http://{reachable(process.host)}:{process.http_port}" for process in self.config.cluster.controlplanes
-        ]
+        return [self._etcd.endpoint] if self._etcd is not None else list(self._plan.config.cluster.etcd.endpoints)
 
     def running(self, pid: int) -> RunningCluster:
         """What others may know of this cluster; `pid` is ours."""
@@ -95,17 +79,23 @@ class LocalCluster:
         if self._etcd is not None:
             children["etcd"] = self._etcd.pid
         return RunningCluster(
-            cluster=self.config.cluster.name,
+            cluster=self._plan.config.cluster.name,
             pid=pid,
-            urls=self.urls,
-            addresses=self.addresses,
+            urls=list(self._plan.urls),
+            addresses=list(self._plan.addresses),
             etcd=self.etcd_endpoints,
-            model=self.config.model_name,
+            model=self._plan.config.model_name,
             processes={name: child for name, child in children.items() if child is not None},
         )
 
-    def _child(self, spec: ChildSpec) -> Child:
-        return Child(spec, self._timings, self._notice)
+    def _etcd_child(self, plan: EtcdPlan) -> EtcdChild:
+        return EtcdChild(
+            data_dir=self._state.etcd,
+            log_path=self._state.logs / "etcd.log",
+            timings=self._timings,
+            host=plan.host,
+            client_port=plan.client_port,
+        )
 
     def _watch(self, supervision: Coroutine[None, None, None]) -> None:
         self._supervision.append(asyncio.create_task(supervision))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated
 
 import typer
 
-from controlplane.config import ClusterConfig
-from controlplane.config_source import ConfigError
 from tools.up import options
 from tools.up.plan import GRPC_PORT_DEFAULT, HTTP_PORT_DEFAULT, WORKERS_DEFAULT, LocalShape
 
-Devices = Literal["auto", "cpu", "cuda"]
-
 
 def up_command(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="The cluster's YAML file.")] = None,
+    context: typer.Context,
+    config: options.Config = None,
     model: options.Model = None,
     port: Annotated[
         int | None,
@@ -39,7 +36,7 @@ def up_command(
             show_default=f"{GRPC_PORT_DEFAULT}, or a free one",
         ),
     ] = None,
-    device: Annotated[Devices, typer.Option(help="What to run on; auto: GPUs if there are any.")] = "auto",
+    device: options.Device = "auto",
     served_model_name: options.ServedModelName = None,
     dtype: options.Dtype = None,
     numerics: options.Numerics = None,
@@ -53,46 +50,20 @@ def up_command(
     failure_timeout: options.FailureTimeout = None,
     heartbeat_interval: options.HeartbeatInterval = None,
     name: options.Name = None,
-    state_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for etcd's data and the logs.", show_default="~/.perdure/NAME or $XDG_STATE_HOME/perdure/NAME"
-        ),
-    ] = None,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="Write addresses and process ids there, as JSON, once all is ready.")
-    ] = None,
+    state_dir: options.StateFolder = None,
+    ready_file: options.ReadyFile = None,
 ) -> None:
     """Start a whole cluster on this machine and serve a model: etcd, control planes, worker daemons.
 
     What dies is started again. Ctrl-C stops everything in order. Flags win over --config.
     """
     # Only here: asking for help needs none of it.
-    from tools.up.run import UpOptions, UpRefused, run_up
+    from tools.up.local import UpOptions, plan_up
+    from tools.up.run import run_cluster
+    from tools.up.state import default_state_dir
 
-    given = options.overrides(
-        {
-            "--name": name,
-            "--model": model,
-            "--served-model-name": served_model_name,
-            "--dtype": dtype,
-            "--numerics": numerics,
-            "--mem-fraction-static": mem_fraction_static,
-            "--disable-cuda-graph": disable_cuda_graph,
-            "--trust-remote-code": trust_remote_code,
-            "--tensor-parallel-size": tensor_parallel_size,
-            "--pipeline-parallel-size": pipeline_parallel_size,
-            "--data-parallel-size": data_parallel_size,
-            "--expert-parallel-size": expert_parallel_size,
-            "--failure-timeout": failure_timeout,
-            "--heartbeat-interval": heartbeat_interval,
-        }
-    )
-    try:
-        settings = ClusterConfig.from_flags(given) if config is None else ClusterConfig.load(config, given)
+    with options.refusals("perdure up"):
+        settings = options.settings(config, context.params)
         shape = LocalShape(workers=workers, controlplanes=controlplanes, http_port=port, grpc_port=grpc_port, host=host)
-        asyncio.run(run_up(UpOptions(settings, shape, device, state_dir, ready_file)))
-    except (ConfigError, UpRefused) as error:
-        for line in str(error).splitlines():
-            typer.echo(f"perdure up: {line}", err=True)
-        raise typer.Exit(2) from error
+        folder = state_dir or default_state_dir(settings.cluster.name)
+        asyncio.run(run_cluster(partial(plan_up, UpOptions(settings, shape, device)), folder, ready_file))

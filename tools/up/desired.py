@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
@@ -40,7 +41,7 @@ async def forget_other_timing(endpoint: str, config: ClusterConfig) -> None:
         await client.close()
 
 
-async def apply_deployment(addresses: list[str], config: ClusterConfig) -> None:
+async def apply_deployment(addresses: Sequence[str], config: ClusterConfig) -> None:
     """Make the configured deployment the desired state, as soon as a control plane leads. Raises DeploymentRefused."""
     timings = config.timings()
     request = admin_pb2.ApplyRequest(deployment=_SPEC.to_proto(config.deployment()))

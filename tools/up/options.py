@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-from controlplane.config_source import Loc, Override
+from controlplane.config import ClusterConfig
+from controlplane.config_source import ConfigError, Loc, Override
 
-SHARED_FLAGS: dict[str, Loc] = {
-    "--name": ("cluster", "name"),
-    "--model": ("model", "path"),
-    "--served-model-name": ("model", "name"),
-    "--dtype": ("model", "dtype"),
-    "--numerics": ("model", "numerics"),
-    "--mem-fraction-static": ("model", "mem_fraction_static"),
-    "--disable-cuda-graph": ("model", "disable_cuda_graph"),
-    "--trust-remote-code": ("model", "trust_remote_code"),
-    "--tensor-parallel-size": ("parallelism", "tensor_parallel_size"),
-    "--pipeline-parallel-size": ("parallelism", "pipeline_parallel_size"),
-    "--data-parallel-size": ("parallelism", "data_parallel_size"),
-    "--expert-parallel-size": ("parallelism", "expert_parallel_size"),
-    "--failure-timeout": ("fault_tolerance", "failure_timeout"),
-    "--heartbeat-interval": ("fault_tolerance", "heartbeat_interval"),
+EXIT_REFUSED = 2
+
+
+class UpRefused(RuntimeError):
+    """The command cannot do what it was asked; each line of the text names one thing that is wrong."""
+
+
+SETTINGS: dict[str, Loc] = {
+    "name": ("cluster", "name"),
+    "model": ("model", "path"),
+    "served_model_name": ("model", "name"),
+    "dtype": ("model", "dtype"),
+    "numerics": ("model", "numerics"),
+    "mem_fraction_static": ("model", "mem_fraction_static"),
+    "disable_cuda_graph": ("model", "disable_cuda_graph"),
+    "trust_remote_code": ("model", "trust_remote_code"),
+    "tensor_parallel_size": ("parallelism", "tensor_parallel_size"),
+    "pipeline_parallel_size": ("parallelism", "pipeline_parallel_size"),
+    "data_parallel_size": ("parallelism", "data_parallel_size"),
+    "expert_parallel_size": ("parallelism", "expert_parallel_size"),
+    "failure_timeout": ("fault_tolerance", "failure_timeout"),
+    "heartbeat_interval": ("fault_tolerance", "heartbeat_interval"),
 }
-"""Each flag and the value of the configuration that it sets."""
+"""Each parameter and the value of the configuration that its flag sets."""
 
+Config = Annotated[Path | None, typer.Option("--config", "-c", help="The cluster's YAML file.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option("--device", help="What to run on; auto: GPUs if there are any.")
+]
+StateFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        help="Folder for etcd's data and the logs.",
+        show_default="~/.perdure/NAME or $XDG_STATE_HOME/perdure/NAME",
+    ),
+]
+ReadyFile = Annotated[
+    Path | None,
+    typer.Option("--ready-file", help="Write addresses and process ids there, as JSON, once all is ready."),
+]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the cluster.", show_default="local")]
 Model = Annotated[
     str | None,
@@ -69,10 +96,27 @@ FailureTimeout = Annotated[
 HeartbeatInterval = Annotated[float | None, typer.Option(help="Seconds between heartbeats.", show_default="0.5")]
 
 
-def overrides(flags: dict[str, Any]) -> dict[Loc, Override]:
+def overrides(parameters: Mapping[str, Any]) -> dict[Loc, Override]:
     """The flags that were given, as overrides. A switch that is off and an option left out say nothing."""
     return {
-        SHARED_FLAGS[flag]: Override(value, flag)
-        for flag, value in flags.items()
-        if value is not None and value is not False
+        loc: Override(parameters[name], "--" + name.replace("_", "-"))
+        for name, loc in SETTINGS.items()
+        if parameters.get(name) is not None and parameters[name] is not False
     }
+
+
+def settings(config: Path | None, parameters: Mapping[str, Any]) -> ClusterConfig:
+    """The configuration of a command: its file, flags winning over it. Raises ConfigError."""
+    given = overrides(parameters)
+    return ClusterConfig.from_flags(given) if config is None else ClusterConfig.load(config, given)
+
+
+@contextmanager
+def refusals(command: str) -> Iterator[None]:
+    """Say what is wrong, a line each, and end with exit code 2."""
+    try:
+        yield
+    except (ConfigError, UpRefused) as error:
+        for line in str(error).splitlines():
+            typer.echo(f"{command}: {line}", err=True)
+        raise typer.Exit(EXIT_REFUSED) from error

@@ -126,46 +126,78 @@ def reachable(host: str) -> str:
     return "127.0.0.1" if host in WILDCARD_HOSTS else host
 
 
-def controlplane_specs(config: ClusterConfig, state: StateDir) -> list[ChildSpec]:
-    """How to start the control planes of a fitted configuration that stands in `state.config`."""
-    return [
-        ChildSpec(
-            name=str(process.name),
-            argv=(
-                sys.executable,
-                *("-m", "controlplane"),
-                *("--config", str(state.config)),
-                *("--name", str(process.name)),
-                *("--host", process.host),
-                *("--advertise-host", reachable(process.host)),
-                *("--port", str(process.port)),
-                *("--http-port", str(process.http_port)),
-                *("--state-dir", str(state.path)),
-                *("--log-format", "json"),
-            ),
-            log_path=state.logs / f"{process.name}.log",
-        )
-        for process in config.cluster.controlplanes
-    ]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdPlan:
+    """Where the etcd of a cluster listens; port 0: a free one."""
+
+    host: str = "127.0.0.1"
+    client_port: int = 0
 
 
-def worker_specs(config: ClusterConfig, state: StateDir) -> list[ChildSpec]:
-    """How to start the worker daemons of a fitted configuration that stands in `state.config`."""
-    return [
-        ChildSpec(
-            name=str(node.name),
-            argv=(
-                sys.executable,
-                *("-m", "dataplane"),
-                *("--config", str(state.config)),
-                *("--node", str(node.name)),
-                *("--state-dir", str(state.path)),
-                *("--log-format", "json"),
-            ),
-            log_path=state.logs / f"{node.name}.log",
-        )
-        for node in config.cluster.nodes
-    ]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """What one command starts, and where the cluster answers."""
+
+    # What the control planes are given, in a file.
+    config: ClusterConfig
+    # None: etcd runs already, at config.cluster.etcd.endpoints.
+    etcd: EtcdPlan | None
+    controlplanes: tuple[ChildSpec, ...]
+    workers: tuple[ChildSpec, ...]
+    # host:port of the control planes' gRPC servers, and base URLs of the gateways, ours or another host's.
+    addresses: tuple[str, ...]
+    urls: tuple[str, ...]
+
+
+def plan_local(config: ClusterConfig, state: StateDir) -> ClusterPlan:
+    """The whole cluster on this machine, from a fitted configuration."""
+    processes = config.cluster.controlplanes
+    return ClusterPlan(
+        config=config,
+        etcd=None if config.cluster.etcd.endpoints else EtcdPlan(),
+        controlplanes=tuple(controlplane_spec(process, state) for process in processes),
+        workers=tuple(
+            worker_spec(str(node.name), ["--config", str(state.config)], state) for node in config.cluster.nodes
+        ),
+        addresses=tuple(f"{reachable(process.host)}:{process.port}" for process in processes),
+        urls=tuple(f"http://{reachable(process.host)}:{process.http_port}" for process in processes),
+    )
+
+
+def controlplane_spec(process: ControlPlaneConfig, state: StateDir, advertised: str | None = None) -> ChildSpec:
+    """How to start one control plane of the configuration in `state.config`."""
+    return ChildSpec(
+        name=str(process.name),
+        argv=(
+            sys.executable,
+            *("-m", "controlplane"),
+            *("--config", str(state.config)),
+            *("--name", str(process.name)),
+            *("--host", process.host),
+            *("--advertise-host", advertised or reachable(process.host)),
+            *("--port", str(process.port)),
+            *("--http-port", str(process.http_port)),
+            *("--state-dir", str(state.path)),
+            *("--log-format", "json"),
+        ),
+        log_path=state.logs / f"{process.name}.log",
+    )
+
+
+def worker_spec(node: str, arguments: list[str], state: StateDir) -> ChildSpec:
+    """How to start one worker daemon; `arguments` tell it its etcd and devices."""
+    return ChildSpec(
+        name=node,
+        argv=(
+            sys.executable,
+            *("-m", "dataplane"),
+            *("--node", node),
+            *arguments,
+            *("--state-dir", str(state.path)),
+            *("--log-format", "json"),
+        ),
+        log_path=state.logs / f"{node}.log",
+    )
 
 
 def _with(section: S, **changes: object) -> S:

@@ -117,8 +117,8 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
 
-def too_little_memory(config: ClusterConfig, model: Path) -> list[str]:
-    """The complaint when the replicas cannot fit into this machine's free memory (CPU) or GPUs' free memory (CUDA)."""
+def too_little_memory(config: ClusterConfig, model: Path, replicas_here: int) -> list[str]:
+    """The complaint when `replicas_here` cannot fit into this machine's free memory (CPU) or its GPUs' (CUDA)."""
     weights = weight_bytes(model, config.model.dtype)
     on_cuda = any(device.startswith("cuda") for node in config.cluster.nodes for device in node.devices)
     if on_cuda:
@@ -126,12 +126,12 @@ def too_little_memory(config: ClusterConfig, model: Path) -> list[str]:
         if free is None or each <= free * config.model.mem_fraction_static:
             return []
         return [f"each rank needs {_gib(each)} GiB for weights of {model}, but a GPU has only {_gib(free)} GiB free"]
-    needed = config.replicas * (weights + config.ranks_per_replica * RANK_OVERHEAD_BYTES)
+    needed = replicas_here * (weights + config.ranks_per_replica * RANK_OVERHEAD_BYTES)
     free = available_memory_bytes()
     if needed <= free:
         return []
     return [
-        f"{config.replicas} replicas of {model} need about {_gib(needed)} GiB, but only {_gib(free)} GiB of memory "
+        f"{replicas_here} replicas of {model} need about {_gib(needed)} GiB, but only {_gib(free)} GiB of memory "
         "are free (fewer with --workers, or a smaller --dtype)"
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import aiohttp
 import grpc
@@ -29,7 +30,7 @@ class ModelRefused(RuntimeError):
     """The cluster cannot serve its model; the text is the reason that a replica gave."""
 
 
-async def wait_ready(addresses: list[str], urls: list[str], config: ClusterConfig, display: Display) -> None:
+async def wait_ready(addresses: Sequence[str], urls: Sequence[str], config: ClusterConfig, display: Display) -> None:
     """Return when every replica is ready and every gateway says so. Raises ModelRefused."""
     timings = config.timings()
     wanted = config.replicas
@@ -45,7 +46,7 @@ async def wait_ready(addresses: list[str], urls: list[str], config: ClusterConfi
         await asyncio.sleep(timings.heartbeat_interval)
 
 
-async def _status(addresses: list[str], timings: Timings) -> admin_pb2.StatusResponse | None:
+async def _status(addresses: Sequence[str], timings: Timings) -> admin_pb2.StatusResponse | None:
     """What the first control plane that answers says; None while none does."""
     for address in addresses:
         async with grpc.aio.insecure_channel(address, options=channel_options(timings)) as channel:
@@ -77,7 +78,7 @@ def _ready_replicas(status: admin_pb2.StatusResponse, deployment: str) -> int:
     )
 
 
-async def _gateways_ready(urls: list[str], timings: Timings) -> bool:
+async def _gateways_ready(urls: Sequence[str], timings: Timings) -> bool:
     timeout = aiohttp.ClientTimeout(total=timings.session_silence)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         for url in urls:
