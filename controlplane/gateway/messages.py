@@ -1,0 +1,238 @@
+"""What goes into the gateway's core and what comes out: `step(state, event, now) -> effects`.
+
+Frames of the leader and of workers pass through as they are (controlplane.runtime.messages); here stand the rest.
+"""
+# pyright: strict
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+from controlplane.runtime.ids import DeploymentId, NodeId, RequestId
+from controlplane.runtime.messages.common import Reason, Sampling
+from controlplane.runtime.messages.route import EndEntry, RouteDown, RouteEntry
+from controlplane.runtime.messages.serve import (
+    CancelSlots,
+    EndRequests,
+    Finish,
+    OpenRequest,
+    ServeDown,
+    SyncSlots,
+    TokenLogprobs,
+)
+
+WorkerKey = NewType("WorkerKey", str)
+"""A worker daemon's serve address: the name of the one Serve stream to it."""
+
+
+class Failure(Enum):
+    """Why a request ended without all its tokens; the edge turns it into a status."""
+
+    UNKNOWN_MODEL = "unknown_model"
+    TOO_LONG = "too_long"
+    INVALID = "invalid"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    DEADLINE = "deadline"
+    POISON = "poison"
+    RETRIES = "retries"
+    CANCELLED = "cancelled"
+    ENGINE = "engine"
+    SUPERSEDED = "superseded"
+
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestAccepted:
+    """A valid request: opens a journal, or answers Failed at once when the bound on journal tokens is reached."""
+
+    request: RequestId
+    deployment: DeploymentId
+    # Packed u32.
+    prompt: bytes
+    sampling: Sampling
+    # One a choice, drawn or derived at the edge.
+    seeds: tuple[int, ...]
+    priority: int = 0
+    tenant: str = ""
+    tenant_salt: str = ""
+    prefix_hashes: tuple[int, ...] = ()
+    render: bytes = b""
+    # Monotonic seconds.
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceStopped:
+    """Rendering found a stop string: the choice ends here, whatever its worker still computes."""
+
+    request: RequestId
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class ClientDrained:
+    """The client's socket took everything, the finish included."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderOpened:
+    """A session with a leader began: it has taken, or is about to take, the inventory of this very moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderLost:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderSaid:
+    body: RouteDown
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUp:
+    """Hellos were exchanged on a new stream."""
+
+    worker: WorkerKey
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBroken:
+    """The stream broke, or none could be made; its owner keeps trying. `heard` is when it last carried a frame."""
+
+    worker: WorkerKey
+    heard: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """The worker's port refused two raw connects: its sequences are lost."""
+
+    worker: WorkerKey
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSaid:
+    worker: WorkerKey
+    body: ServeDown
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Comes at least every reconnect_min seconds."""
+
+
+Event = (
+    RequestAccepted
+    | ChoiceStopped
+    | ClientGone
+    | ClientDrained
+    | LeaderOpened
+    | LeaderLost
+    | LeaderSaid
+    | WorkerUp
+    | WorkerBroken
+    | WorkerGone
+    | WorkerSaid
+    | Tick
+)
+
+# ---------------------------------------------------------------- effects
+
+
+@dataclass(frozen=True, slots=True)
+class AskRoute:
+    entry: RouteEntry
+
+
+@dataclass(frozen=True, slots=True)
+class TellEnd:
+    entry: EndEntry
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectWorker:
+    """Keep a stream to this worker from now on. Answered by WorkerUp, WorkerBroken or WorkerGone."""
+
+    worker: WorkerKey
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class DropWorker:
+    """No replica and no journal needs the stream any more."""
+
+    worker: WorkerKey
+
+
+@dataclass(frozen=True, slots=True)
+class SendWorker:
+    """In order on the worker's stream; lost if that breaks, which WorkerBroken and the next Sync make good."""
+
+    worker: WorkerKey
+    body: OpenRequest | CancelSlots | EndRequests | SyncSlots
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker admitted the request."""
+
+    request: RequestId
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Tokens that are in the journal now and go to the client once: indices `first_index` and on."""
+
+    request: RequestId
+    choice: int
+    first_index: int
+    tokens: array[int]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: Finish | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The journal is closed; what was delivered stays delivered."""
+
+    request: RequestId
+    failure: Failure
+    reason: Reason
+    retry_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The request goes on elsewhere under its next attempt."""
+
+    request: RequestId
+    attempt: int
+    planned: bool
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Something was dropped or refused as the protocol says."""
+
+    name: str
+    amount: int = 1
+
+
+Effect = AskRoute | TellEnd | ConnectWorker | DropWorker | SendWorker | Started | Deliver | Failed | Moved | Counted
