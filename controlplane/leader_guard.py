@@ -58,11 +58,14 @@ class LeaderGuard:
             log.info("leader_guarded", leader=record.name, term=record.term, address=record.address)
             while True:
                 await connection.until_it_breaks()
-                if await refused_twice(record.address, self._timings) and await self._end(record, lease):
+                if await self._refused(record) and await self._end(record, lease):
                     return
                 await self._clock.sleep(self._backoff.next())
         finally:
             await connection.close()
+
+    async def _refused(self, record: LeaderRecord) -> bool:
+        return await refused_twice(record.address, self._timings, self._clock)
 
     async def _end(self, record: LeaderRecord, lease: int) -> bool:
         try:

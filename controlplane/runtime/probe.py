@@ -12,16 +12,18 @@ import socket
 import grpc
 import grpc.aio
 
+from controlplane.runtime.clock import Clock, SystemClock
 from controlplane.runtime.timing import Timings, channel_options
 
 CONNECTS = 2
+SYSTEM_CLOCK = SystemClock()
 
 
-async def refused_twice(address: str, timings: Timings) -> bool:
+async def refused_twice(address: str, timings: Timings, clock: Clock = SYSTEM_CLOCK) -> bool:
     """True if two TCP connects to `address` (host:port), `probe_gap` apart, were both refused."""
     for attempt in range(CONNECTS):
         if attempt:
-            await asyncio.sleep(timings.probe_gap)
+            await clock.sleep(timings.probe_gap)
         if not await _refused(address, timings.probe_connect):
             return False
     return True
