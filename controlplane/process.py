@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import grpc.aio
 import structlog
-from grpc_channelz.v1 import channelz
+from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -28,6 +28,7 @@ from controlplane.core.state import Limits
 from controlplane.election import Election
 from controlplane.event_log import EventLog
 from controlplane.gateway.gateway import Gateway
+from controlplane.gateway.limits import GatewayLimits
 from controlplane.leader_stream import SessionStreams
 from controlplane.route_link import RoutingServicer
 from controlplane.runtime import host
@@ -37,7 +38,7 @@ from controlplane.runtime.clock import Clock, SystemClock
 from controlplane.runtime.errors import Retryable, invalid
 from controlplane.runtime.etcd import EtcdClient
 from controlplane.runtime.etcd_types import EtcdOptions
-from controlplane.runtime.ids import GatewayId, Incarnation, draw_id
+from controlplane.runtime.ids import Incarnation, draw_id
 from controlplane.runtime.keys import Keys
 from controlplane.runtime.leader import LeaderWatch
 from controlplane.runtime.records import ClusterRecord, DeploymentRecord, PeerRecord
@@ -101,18 +102,32 @@ async def run_process(options: ProcessOptions) -> None:
     clock = SystemClock()
     client = EtcdClient(options.etcd, options.timings, clock)
     try:
-        cluster = await _patiently(
-            "cluster_record_awaited", lambda: _read_cluster(client, options), options.timings, clock
-        )
-        process = _Process(options, cluster, client, clock)
-        await process.run(stop)
+        reading = asyncio.create_task(_read_cluster(client, options, clock))
+        if not await _done_before(stop, reading):
+            reading.cancel()
+        else:
+            await _Process(options, reading.result(), client, clock).run(stop)
     finally:
         await client.close()
 
 
-async def _read_cluster(client: EtcdClient, options: ProcessOptions) -> ClusterRecord:
-    timings = options.timings
-    return await ensure_cluster(client, Keys(options.cluster_name), timings.to_spec(), timeout=timings.session_silence)
+async def _read_cluster(client: EtcdClient, options: ProcessOptions, clock: Clock) -> ClusterRecord:
+    keys, timings = Keys(options.cluster_name), options.timings
+
+    async def read() -> ClusterRecord:
+        return await ensure_cluster(client, keys, timings.to_spec(), timeout=timings.session_silence)
+
+    return await _patiently("cluster_record_awaited", read, timings, clock)
+
+
+async def _done_before(stop: asyncio.Event, task: asyncio.Task[T]) -> bool:
+    """Wait for `task` or `stop`. True if `task` is done."""
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    return task.done()
 
 
 async def _patiently(event: str, call: Callable[[], Awaitable[T]], timings: Timings, clock: Clock) -> T:
@@ -130,41 +145,59 @@ class _Process:
     """The parts and how they hang together."""
 
     def __init__(self, options: ProcessOptions, cluster: ClusterRecord, client: EtcdClient, clock: Clock) -> None:
+        """Binds the gRPC port. Raises Rejected if it is taken."""
         self._options = options
+        self._cluster = cluster.cluster
+        self._client = client
         self._clock = clock
         self._timings = timings_from_spec(cluster.timing)
+        self._keys = Keys(options.cluster_name)
+        self._incarnation = Incarnation(draw_id())
+        self._dice = random.SystemRandom()
         self._server = grpc.aio.server(options=server_options(self._timings))
-        address = f"{options.advertised_host}:{self._bind()}"
-        dice = random.SystemRandom()
-        keys = Keys(options.cluster_name)
-        incarnation = Incarnation(draw_id())
-        self._leader = LeaderWatch(client, keys, self._timings, clock, dice)
-        self._gateway = self._make_gateway(cluster, incarnation)
-        peer = PeerRecord(
-            name=options.name,
-            incarnation=incarnation,
-            address=address,
-            url=self._gateway.url if self._gateway is not None else "",
-            pid=os.getpid(),
-            boot_id=host.boot_id(),
-        )
-        self._election = Election(client, keys, peer, self._leader, self._timings, clock, dice)
-        self._coordinator = Coordinator(
-            Identity(options.name, incarnation, cluster.cluster, address, os.getpid()),
-            Store(client, keys, self._election, self._timings, clock, dice),
-            self._election,
-            self._timings,
-            clock,
-            EventLog(clock, options.state_dir / "events.jsonl" if options.state_dir is not None else None),
-            options.limits,
-            options.deployment,
-        )
-        self._health = health.aio.HealthServicer()
-        self._add_services()
+        self._address = f"{options.advertised_host}:{self._bind()}"
+        self._leader = LeaderWatch(client, self._keys, self._timings, clock, self._dice)
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._gateway = self._make_gateway() if options.role is not Role.COORDINATOR else None
 
-    @property
-    def _leads(self) -> bool:
-        return self._options.role is not Role.GATEWAY
+    async def run(self, stop: asyncio.Event) -> None:
+        """Start everything, serve until `stop`, leave in order."""
+        if self._gateway is not None:
+            await self._gateway.start()
+        election = self._make_election()
+        coordinator = self._make_coordinator(election)
+        self._add_services(coordinator)
+        await self._server.start()
+        work = asyncio.create_task(self._work(election, coordinator))
+        try:
+            await _done_before(stop, work)
+            log.info("process_stopping")
+        finally:
+            await self._leave(work, election)
+
+    async def _work(self, election: Election, coordinator: Coordinator) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(supervise("leader_watch", self._leader.run, self._clock))
+            if self._gateway is not None:
+                tasks.create_task(self._gateway.wait())
+            if self._options.role is not Role.GATEWAY:
+                await _patiently("registration_delayed", election.start, self._timings, self._clock)
+                tasks.create_task(election.run())
+                tasks.create_task(coordinator.run())
+            await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+            log.info("process_started", role=self._options.role.value, address=self._address)
+
+    async def _leave(self, work: asyncio.Task[None], election: Election) -> None:
+        """Streams end, then leadership and lease are given back; the listener closes last."""
+        await self._health.enter_graceful_shutdown()
+        if self._gateway is not None:
+            await self._gateway.stop()
+        work.cancel()
+        await asyncio.wait({work})
+        await election.close()
+        await self._server.stop(self._timings.heartbeat_interval)
+        if not work.cancelled() and (error := work.exception()) is not None:
+            raise error
 
     def _bind(self) -> int:
         wanted = f"{self._options.host}:{self._options.port}"
@@ -173,68 +206,56 @@ class _Process:
         except RuntimeError as error:
             raise invalid(f"gRPC port {wanted} cannot be bound: is it in use?") from error
 
-    def _make_gateway(self, cluster: ClusterRecord, incarnation: Incarnation) -> Gateway | None:
-        if self._options.role is Role.COORDINATOR:
-            return None
+    def _make_gateway(self) -> Gateway:
+        options = self._options
         return Gateway(
-            name=GatewayId(self._options.name),
-            incarnation=incarnation,
-            cluster=cluster.cluster,
-            timings=self._timings,
-            leader=self._leader,
-            http_host=self._options.http_host,
-            http_port=self._options.http_port,
-            clock=self._clock,
+            options.name,
+            self._incarnation,
+            self._cluster,
+            self._timings,
+            self._leader,
+            options.http_host,
+            options.http_port,
+            GatewayLimits(),
+            self._clock,
         )
 
-    def _add_services(self) -> None:
-        streams = SessionStreams(self._coordinator, self._leader, self._timings)
-        session_pb2_grpc.add_SessionServicer_to_server(SessionServicer(streams), self._server)
-        route_pb2_grpc.add_RoutingServicer_to_server(RoutingServicer(streams), self._server)
-        admin_pb2_grpc.add_AdminServicer_to_server(
-            AdminServicer(self._coordinator, self._leader, self._timings), self._server
+    def _make_election(self) -> Election:
+        peer = PeerRecord(
+            name=self._options.name,
+            incarnation=self._incarnation,
+            address=self._address,
+            url=self._gateway.url if self._gateway is not None else "",
+            pid=os.getpid(),
+            boot_id=host.boot_id(),
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        channelz.add_channelz_servicer(self._server)  # pyright: ignore[reportArgumentType]  # takes both kinds
-        descriptors = [session_pb2.DESCRIPTOR, route_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR]
-        if self._gateway is not None:
-            self._gateway.add_to_server(self._server)
-            descriptors.append(inference_pb2.DESCRIPTOR)
-        names = [service.full_name for file in descriptors for service in file.services_by_name.values()]
-        known = [health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, "grpc.channelz.v1.Channelz"]
-        reflection.enable_server_reflection([*names, *known, reflection.SERVICE_NAME], self._server)
+        return Election(self._client, self._keys, peer, self._leader, self._timings, self._clock, self._dice)
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Start everything, serve until `stop`, leave in order."""
-        if self._gateway is not None:
-            await self._gateway.start()
-        await self._server.start()
-        work = asyncio.create_task(self._work())
-        stopping = asyncio.create_task(stop.wait())
-        try:
-            await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-            log.info("process_stopping", name=self._options.name)
-        finally:
-            stopping.cancel()
-            await self._leave(work)
+    def _make_coordinator(self, election: Election) -> Coordinator:
+        options = self._options
+        return Coordinator(
+            Identity(options.name, self._incarnation, self._cluster, self._address, os.getpid()),
+            Store(self._client, self._keys, election, self._timings, self._clock, self._dice),
+            election,
+            self._timings,
+            self._clock,
+            EventLog(self._clock, options.state_dir / "events.jsonl" if options.state_dir is not None else None),
+            options.limits,
+            options.deployment,
+        )
 
-    async def _work(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(supervise("leader_watch", self._leader.run, self._clock))
-            if self._leads:
-                await _patiently("registration_delayed", self._election.start, self._timings, self._clock)
-                tasks.create_task(self._election.run())
-                tasks.create_task(self._coordinator.run())
-            await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-            log.info("process_started", name=self._options.name, role=self._options.role.value)
-
-    async def _leave(self, work: asyncio.Task[None]) -> None:
-        await self._health.enter_graceful_shutdown()
+    def _add_services(self, coordinator: Coordinator) -> None:
+        server = self._server
+        streams = SessionStreams(coordinator, self._leader, self._timings)
+        session_pb2_grpc.add_SessionServicer_to_server(SessionServicer(streams), server)
+        route_pb2_grpc.add_RoutingServicer_to_server(RoutingServicer(streams), server)
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(coordinator, self._leader, self._timings), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        channelz.add_channelz_servicer(server)  # pyright: ignore[reportArgumentType]  # takes both kinds of server
+        described = [session_pb2.DESCRIPTOR, route_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR]
+        described.append(channelz_pb2.DESCRIPTOR)
         if self._gateway is not None:
-            await self._gateway.stop()
-        await self._election.close()
-        work.cancel()
-        await asyncio.wait({work})
-        await self._server.stop(self._timings.heartbeat_interval)
+            self._gateway.add_to_server(server)
+            described.append(inference_pb2.DESCRIPTOR)
+        names = [service.full_name for file in described for service in file.services_by_name.values()]
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
