@@ -6,13 +6,16 @@ workers report READY at its current epoch serves on without any regroup; anythin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from controlplane.core.drains import drain
+from controlplane.core.entities import FORMING_PHASES, SERVING_PHASES, Drain, Node, Replica, SnapshotChunks
 from controlplane.core.groups import note_epoch, resend, serve
 from controlplane.core.membership import joined
 from controlplane.core.recovery import close, fail
-from controlplane.core.state import FORMING_PHASES, SERVING_PHASES, ClusterState, Drain, Node, Replica, SnapshotChunks
-from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
-from controlplane.runtime.messages.session import AbortGroup, ReleaseReplica, ReplicaInfo, WorkerSnapshot
+from controlplane.core.state import ClusterState
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase, ReplicaSpec
+from controlplane.runtime.messages.session import AbortGroup, RankInfo, ReleaseReplica, ReplicaInfo, WorkerSnapshot
 
 
 def snapshot(state: ClusterState, node: Node, chunk: WorkerSnapshot) -> None:
@@ -28,12 +31,21 @@ def snapshot(state: ClusterState, node: Node, chunk: WorkerSnapshot) -> None:
         return
     node.chunks = SnapshotChunks()
     node.ranks = {rank.device: rank for rank in chunks.ranks}
+    node.held = dict(_held(state, chunks.ranks))
     node.sequences = {sequence.request: sequence for sequence in chunks.sequences}
     joined(state, node, draining=chunk.draining)
     _compare(state, node, chunks.replicas)
     if chunk.draining and node.drain is None:
         reason = Reason(kind=ReasonKind.DRAINING, text="it was draining when its session began", node=node.node)
         drain(state, node, Drain(reason, state.timings.drain))
+
+
+def _held(state: ClusterState, ranks: list[RankInfo]) -> Iterator[tuple[str, tuple[ReplicaSpec, int]]]:
+    """Weights that rank processes kept."""
+    for rank in ranks:
+        replica = state.replicas.get(rank.replica)
+        if rank.weights and replica is not None and replica.spec is not None:
+            yield rank.device, (replica.spec, rank.rank)
 
 
 def _compare(state: ClusterState, node: Node, reported: list[ReplicaInfo]) -> None:
@@ -55,8 +67,9 @@ def _is_current(replica: Replica, node: Node, info: ReplicaInfo) -> bool:
 
 
 def _end_stale(state: ClusterState, node: Node, info: ReplicaInfo, replica: Replica | None) -> None:
-    """Of another epoch, or of nothing we know. Weights of a replica that is still wanted are kept."""
-    if info.phase is ReplicaPhase.CLOSED and replica is not None:
+    """Of another epoch, or of nothing we know. Weights of a replica that is still wanted are kept. A closed one is
+    reported for its epoch alone."""
+    if info.phase is ReplicaPhase.CLOSED:
         return
     text = f"epoch {info.epoch} of {info.replica} is over"
     reason = Reason(kind=ReasonKind.STALE_EPOCH, text=text, node=node.node)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from controlplane.core.entities import Deployment, LeaderPhase, Node, NodePhase, Replica
 from controlplane.core.groups import note_epoch, place
 from controlplane.core.messages import AdminAnswered, ApplyAsked, AskId, WriteDeployment, WriteDone
 from controlplane.core.placement import FreeDevice, FreeNode, Wanted, plan
 from controlplane.core.recovery import bury, pardon, retire, settle_drains, start_drain
 from controlplane.core.scheduler import drop_queue
-from controlplane.core.state import ClusterState, Deployment, LeaderPhase, Node, NodePhase, Replica
+from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId
-from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase, ReplicaSpec
+from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind, ReplicaPhase, ReplicaSpec
 from controlplane.runtime.messages.route import RouteCode
 from controlplane.runtime.records import DeploymentRecord, PlacementRecord
 
@@ -269,18 +270,24 @@ def _free_node(state: ClusterState, node: Node, taken: set[tuple[NodeId, str]]) 
     devices = [
         FreeDevice(device=device.id, held=_held(state, node, device.id))
         for device in node.devices
-        if (node.node, device.id) not in taken and device.id not in node.sick
+        if (node.node, device.id) not in taken and device.id not in node.sick and _is_up(node, device.id)
     ]
     return FreeNode(node=node.node, host=node.host, free=tuple(devices))
 
 
-def _held(state: ClusterState, node: Node, device: str) -> tuple[DeploymentId, int] | None:
-    """Whose weights the device's rank holds."""
+def _is_up(node: Node, device: str) -> bool:
+    """No rank process on it is still starting, or being started again: its daemon will say when one is there."""
     rank = node.ranks.get(device)
-    if rank is None or not rank.weights:
+    return rank is None or rank.phase not in (RankPhase.STARTING, RankPhase.EXITED)
+
+
+def _held(state: ClusterState, node: Node, device: str) -> tuple[DeploymentId, int] | None:
+    """Whose weights the device's rank holds, if they are what its deployment asks for now."""
+    if device not in node.held:
         return None
-    replica = state.replicas.get(rank.replica)
-    return (replica.deployment, rank.rank) if replica is not None else None
+    spec, rank = node.held[device]
+    deployment = state.deployments.get(spec.deployment)
+    return (spec.deployment, rank) if deployment is not None and deployment.record.spec == spec else None
 
 
 def _siblings(state: ClusterState) -> Mapping[tuple[DeploymentId, NodeId], int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from controlplane.core.entities import Drain, Node, NodePhase, Replica
 from controlplane.core.membership import left
 from controlplane.core.messages import AdminAnswered, AskId, DrainAsked, UndrainAsked
 from controlplane.core.recovery import close, pardon_all, start_drain, stop_drain
-from controlplane.core.state import ClusterState, Drain, Node, NodePhase, Replica
+from controlplane.core.state import ClusterState
 from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.session import DrainNode, Leaving, UndrainNode
 
@@ -28,7 +29,13 @@ def leaving(state: ClusterState, node: Node, said: Leaving) -> None:
     """The daemon was asked to stop. Its streams move one stage before its deadline, so that they still can."""
     deadline_s = said.deadline_ms / 1000
     left_s = max(deadline_s - state.timings.stage, deadline_s / 2)
-    drain(state, node, Drain(said.reason, left_s, leaving=True))
+    if node.drain is None:
+        drain(state, node, Drain(said.reason, left_s, leaving=True))
+        return
+    node.drain.leaving = True
+    for replica in _on(state, node):
+        if replica.drain is not None and not replica.drain.moved:
+            replica.drain.left_s = min(replica.drain.left_s, left_s)
 
 
 def drain(state: ClusterState, node: Node, begun: Drain) -> None:
@@ -62,7 +69,7 @@ def _undrain(state: ClusterState, node: Node) -> None:
     node.drain = None
     node.reason = None
     if node.phase in (NodePhase.DRAINING, NodePhase.LEFT):
-        node.phase = NodePhase.LIVE if node.link is not None else NodePhase.KNOWN
+        node.phase = NodePhase.LIVE if node.known else NodePhase.UNREACHABLE
     state.send_worker(node, UndrainNode())
     state.record("node_undrained", node=node.node)
     for replica in _on(state, node):

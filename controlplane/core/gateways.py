@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from controlplane.core import scheduler
+from controlplane.core.entities import Gateway, Link, Replica, Request
 from controlplane.core.messages import AdminAnswered, AskId, CancelAsked, ConnectionId
-from controlplane.core.state import ClusterState, Gateway, Link, Replica, Request
+from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import NodeId, RequestId
 from controlplane.runtime.messages.common import Permit, Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
@@ -52,6 +53,7 @@ def broken(state: ClusterState, gateway: Gateway) -> None:
     """Its stream ended: it cannot be answered, so what it asked is dropped; it will ask again. What runs is kept."""
     gateway.link = None
     gateway.known = False
+    state.record("gateway_disconnected", details={"gateway": gateway.gateway})
     for name, request in list(state.requests.items()):
         if request.gateway == gateway.gateway and request.permit is None:
             scheduler.forget(state, name)

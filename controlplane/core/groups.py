@@ -5,10 +5,11 @@ etcd holds an epoch before any rank hears of it, and Form goes out only when eve
 
 from __future__ import annotations
 
+from controlplane.core.entities import FORMING_PHASES, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import WriteDone, WritePlacement
-from controlplane.core.recovery import close, fail
-from controlplane.core.state import FORMING_PHASES, ClusterState, Node, Replica
+from controlplane.core.recovery import close, fail, stage_s
+from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import Epoch, ReplicaId
 from controlplane.runtime.messages.common import Member, Reason, ReasonKind, ReplicaPhase, ReplicaSpec
 from controlplane.runtime.messages.session import (
@@ -92,7 +93,7 @@ def answered(state: ClusterState, node: Node, answer: GroupState) -> None:
     note_epoch(state, answer.replica, answer.epoch)
     replica = state.replicas.get(answer.replica)
     if replica is None or replica.epoch != answer.epoch or node.node not in replica.nodes:
-        if answer.ok:
+        if answer.phase in _ANSWER.values():
             state.fence("GroupState")
         return
     if not answer.ok:
@@ -133,10 +134,19 @@ def serve(state: ClusterState, replica: Replica) -> None:
     replica.reason = None
     replica.load_fraction = 1.0
     replica.stalled_s = replica.served_s = 0.0
+    _note_weights(state, replica)
     state.record("replica_ready", replica=replica)
     state.row_changed(replica)
     state.reroute.add(replica.deployment)
     state.replan = True
+
+
+def _note_weights(state: ClusterState, replica: Replica) -> None:
+    assert replica.spec is not None
+    for member in replica.members:
+        node = state.nodes.get(member.node)
+        if node is not None:
+            node.held[member.device] = (replica.spec, member.rank)
 
 
 def _stage_done(state: ClusterState, replica: Replica) -> None:
@@ -166,7 +176,7 @@ def _enter(state: ClusterState, replica: Replica, phase: ReplicaPhase) -> None:
 
 
 def _command(state: ClusterState, replica: Replica, node: Node) -> None:
-    stage_ms = round(state.timings.stage * 1000)
+    stage_ms = round(stage_s(state, replica) * 1000)
     match replica.phase:
         case ReplicaPhase.PREPARING:
             assert replica.stored == replica.epoch, "Prepare before its epoch stands in etcd"
@@ -184,8 +194,8 @@ def _command(state: ClusterState, replica: Replica, node: Node) -> None:
                 replica=replica.replica, epoch=replica.epoch, rendezvous=replica.rendezvous, deadline_ms=stage_ms
             )
         case ReplicaPhase.LOADING:
-            load_ms = round(state.timings.load_progress * 1000)
-            body = LoadReplica(replica=replica.replica, epoch=replica.epoch, deadline_ms=load_ms)
+            # judged here, by its progress: how long a whole load takes is nobody's business
+            body = LoadReplica(replica=replica.replica, epoch=replica.epoch, deadline_ms=0)
         case _:
             raise AssertionError(f"{replica.replica} has no command while {replica.phase.name}")
     state.send_worker(node, body)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from controlplane.core.placement import ranks_of
-from controlplane.core.state import (
+from typing import TYPE_CHECKING
+
+from controlplane.core.entities import (
     FORMING_PHASES,
     PLACED_PHASES,
     SERVING_PHASES,
-    ClusterState,
     Deployment,
     Node,
     NodePhase,
     Replica,
 )
+from controlplane.core.placement import ranks_of
 from controlplane.runtime.ids import NodeId
 from controlplane.runtime.messages.common import ReplicaPhase
+
+if TYPE_CHECKING:
+    from controlplane.core.state import ClusterState
 
 
 def check(state: ClusterState) -> None:

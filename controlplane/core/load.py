@@ -10,9 +10,6 @@ from controlplane.runtime.ids import RequestId
 from controlplane.runtime.messages.common import Capacity
 from controlplane.runtime.messages.session import ReplicaLoad
 
-STEP_MS_GUESS = 20.0
-"""Step time of a replica that has not run one."""
-
 RECENT_HASHES_MAX = 4096
 """Prefix hashes of requests just sent, until the replica's own digest tells of them."""
 
@@ -87,8 +84,8 @@ class Load:
 
     @property
     def step_s(self) -> float:
-        measured = self.heartbeat.step_ms if self.heartbeat else 0.0
-        return (measured or STEP_MS_GUESS) / 1000
+        """Recent step time in seconds; 0 before the first one is known."""
+        return self.heartbeat.step_ms / 1000 if self.heartbeat else 0.0
 
     @property
     def busy(self) -> bool:

@@ -7,22 +7,13 @@ lease is UNREACHABLE: no new work, never a kill.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from controlplane.core.entities import LeaderPhase, Link, Node, NodePhase, SnapshotChunks, is_session_live
 from controlplane.core.messages import ConnectionId, Probe, ProbeDone, RevokeDone, RevokeLease, StepDown
 from controlplane.core.recovery import close_on, fail, pardon_all
-from controlplane.core.state import (
-    ClusterState,
-    LeaderPhase,
-    Link,
-    Node,
-    NodePhase,
-    SnapshotChunks,
-    is_session_live,
-)
+from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import NodeId, Term
-from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind
-from controlplane.runtime.messages.session import DeviceHealth, RankState, Relet, WorkerHello, WorkerWelcome
+from controlplane.runtime.messages.common import Reason, ReasonKind
+from controlplane.runtime.messages.session import Relet, WorkerHello, WorkerWelcome
 from controlplane.runtime.records import NodeRecord
 from controlplane.runtime.timing import ETCD_EXPIRY_LAG_S
 
@@ -58,6 +49,8 @@ def welcome(state: ClusterState, connection: ConnectionId, hello: WorkerHello) -
     node.known = False
     node.chunks = SnapshotChunks()
     node.silence_s = 0.0
+    if node.probing:
+        node.probing, node.void_probes = False, node.void_probes + 1
     body = WorkerWelcome(term=state.term, session=node.link.session, timing=state.timings.to_spec())
     state.send_worker(node, body)
 
@@ -77,7 +70,7 @@ def _newcomer(hello: WorkerHello) -> Node:
 
 
 def _take_hello(state: ClusterState, node: Node, hello: WorkerHello) -> None:
-    if node.revoked and node.lease_id == hello.lease_id:
+    if node.revoked:
         state.refusal_lies.add(node.serve_address)
         state.record("node_refusal_disproved", node=node.node, details={"address": node.serve_address})
     node.revoked = node.proven = False
@@ -114,10 +107,8 @@ def broken(state: ClusterState, node: Node) -> None:
         left(state, node, node.drain.reason)
         return
     _unreachable(state, node, Reason(kind=ReasonKind.SESSION_SILENT, text="its session broke", node=node.node))
-    if not node.leased:
-        judge(state, node)
-    else:
-        _probe(state, node)
+    judge(state, node)
+    _probe(state, node)
 
 
 def heard(state: ClusterState, node: Node) -> None:
@@ -148,11 +139,12 @@ def _unreachable(state: ClusterState, node: Node, reason: Reason) -> None:
 
 
 def key_changed(state: ClusterState, name: NodeId, record: NodeRecord | None) -> None:
-    """The node's key in etcd: put, or gone."""
+    """The node's key in etcd was put, or is gone."""
     node = state.nodes.get(name)
     if record is None:
-        if node is not None and node.leased:
-            _lease_gone(state, node)
+        # the end of a predecessor's key says nothing of one whose own is yet to be seen
+        if node is not None and node.registered:
+            key_absent(state, name)
         return
     if node is not None and node.incarnation != record.incarnation:
         if is_session_live(node) and node.leased:
@@ -161,10 +153,19 @@ def key_changed(state: ClusterState, name: NodeId, record: NodeRecord | None) ->
         text = f"another incarnation registered: pid {record.pid} on {record.host}"
         lose(state, node, Reason(kind=ReasonKind.SUPERSEDED, text=text, node=name))
         node = None
-    if node is None or node.phase in GONE:
+    if node is None:
         state.nodes[name] = node = _from_record(record)
-        state.replan = True
-    node.leased, node.lease_id = True, record.lease_id
+    elif node.phase in GONE and node.link is None:
+        node.phase, node.drain = NodePhase.KNOWN, None
+    node.leased = node.registered = True
+    node.lease_id = record.lease_id
+
+
+def key_absent(state: ClusterState, name: NodeId) -> None:
+    """etcd surely holds no key of the node."""
+    node = state.nodes[name]
+    if node.leased:
+        _lease_gone(state, node)
 
 
 def _from_record(record: NodeRecord) -> Node:
@@ -177,6 +178,7 @@ def _from_record(record: NodeRecord) -> Node:
         pid=record.pid,
         lease_id=record.lease_id,
         leased=True,
+        registered=True,
     )
 
 
@@ -206,7 +208,7 @@ def judge(state: ClusterState, node: Node) -> None:
     if node.phase in GONE or node.leased or _speaks(state, node):
         return
     if node.proven:
-        lose(state, node, Reason(kind=ReasonKind.CONNECTION_REFUSED, text="its address refuses", node=node.node))
+        lose(state, node, _refused(node))
     elif state.phase is LeaderPhase.LEADING:
         lose(state, node, Reason(kind=ReasonKind.LEASE_EXPIRED, text="lease and session are gone", node=node.node))
 
@@ -226,12 +228,16 @@ def judge_all(state: ClusterState) -> None:
 
 def lose(state: ClusterState, node: Node, reason: Reason) -> None:
     """The node is dead: the one event from which all recovery follows."""
+    if node.phase in GONE:
+        return
     if node.link is not None:
         state.close_link(node.link, reason)
     node.phase, node.reason = NodePhase.LOST, reason
     node.known = node.leased = False
     node.drain = None
+    node.unreachable_s = 0.0
     node.ranks.clear()
+    node.held.clear()
     node.sequences.clear()
     state.record("node_lost", node=node.node, reason=reason)
     close_on(state, node, reason)
@@ -240,6 +246,8 @@ def lose(state: ClusterState, node: Node, reason: Reason) -> None:
 
 def left(state: ClusterState, node: Node, reason: Reason) -> None:
     """The node took its leave in order: nothing runs on it any more."""
+    if node.phase in GONE:
+        return
     node.phase, node.reason = NodePhase.LEFT, reason
     state.record("node_left", node=node.node, reason=reason)
     close_on(state, node, reason)
@@ -247,7 +255,13 @@ def left(state: ClusterState, node: Node, reason: Reason) -> None:
 
 
 def _probe(state: ClusterState, node: Node) -> None:
-    if node.worked and not node.probing and not node.proven and node.serve_address not in state.refusal_lies:
+    if (
+        node.phase is NodePhase.UNREACHABLE
+        and node.worked
+        and not node.probing
+        and not node.proven
+        and node.serve_address not in state.refusal_lies
+    ):
         node.probing = True
         state.emit(Probe(node.node, node.incarnation, node.serve_address))
 
@@ -255,6 +269,9 @@ def _probe(state: ClusterState, node: Node) -> None:
 def probed(state: ClusterState, done: ProbeDone) -> None:
     node = state.nodes.get(done.node)
     if node is None or node.incarnation != done.incarnation:
+        return
+    if node.void_probes:
+        node.void_probes -= 1
         return
     node.probing = False
     if done.refused and node.link is None and node.phase is NodePhase.UNREACHABLE:
@@ -291,47 +308,6 @@ def _refused(node: Node) -> Reason:
     return Reason(kind=ReasonKind.CONNECTION_REFUSED, text=text, node=node.node)
 
 
-# ---------------------------------------------------------------- ranks and devices
-
-
-def rank_changed(state: ClusterState, node: Node, change: RankState) -> None:
-    """A rank's process moved on, or is gone: its replica with it."""
-    info = node.ranks.get(change.device)
-    if change.phase is RankPhase.EXITED:
-        node.ranks.pop(change.device, None)
-    elif info is not None:
-        node.ranks[change.device] = replace(
-            info, pid=change.pid, phase=change.phase, replica=change.replica, epoch=change.epoch, rank=change.rank
-        )
-    replica = state.replicas.get(change.replica)
-    if change.phase is not RankPhase.EXITED or replica is None or not replica.holds_devices:
-        return
-    if replica.epoch != change.epoch or node.node not in replica.nodes:
-        state.fence("RankState")
-        return
-    reason = change.reason or Reason(kind=ReasonKind.PROCESS_EXITED, node=node.node, rank=change.rank)
-    state.record("rank_exited", node=node.node, replica=replica, reason=reason, details={"device": change.device})
-    fail(state, replica, reason, change.suspects)
-
-
-def health_changed(state: ClusterState, node: Node, health: DeviceHealth) -> None:
-    """A sick device takes no ranks; the replica on it is closed."""
-    if health.ok:
-        if node.sick.pop(health.device, None) is not None:
-            state.record("device_recovered", node=node.node, details={"device": health.device})
-            state.replan = True
-        return
-    if health.device in node.sick:
-        return
-    reason = health.reason or Reason(kind=ReasonKind.DEVICE_SICK, text=health.device, node=node.node)
-    node.sick[health.device] = reason
-    state.record("device_sickened", node=node.node, reason=reason, details={"device": health.device})
-    for replica in list(state.replicas.values()):
-        on_it = any(member.node == node.node and member.device == health.device for member in replica.members)
-        if on_it and replica.holds_devices:
-            fail(state, replica, reason)
-
-
 # ---------------------------------------------------------------- time
 
 
@@ -346,6 +322,12 @@ def tick(state: ClusterState, passed_s: float) -> None:
                 _probe(state, node)
             if node.proven:
                 _act_on_proof(state, node)
+        elif node.phase in GONE and node.link is None:
+            node.unreachable_s += passed_s
+            if node.unreachable_s >= state.timings.regroup_window and not node.leased:
+                del state.nodes[node.node]
+                continue
+        judge(state, node)
     _suspect_self(state)
 
 
@@ -364,8 +346,6 @@ def _judge_silence(state: ClusterState, node: Node, passed_s: float) -> None:
     if node.silence_s >= state.timings.failure_timeout and node.link is not None:
         state.close_link(node.link, reason)
         broken(state, node)
-    elif node.phase is NodePhase.UNREACHABLE and not node.leased:
-        judge(state, node)
 
 
 def _suspect_self(state: ClusterState) -> None:

@@ -191,7 +191,11 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class SendWorker:
-    """The shell adds the head (term, the connection's session, seq, ack)."""
+    """The shell adds the head: term, the connection's session, seq, ack.
+
+    seq counts the SendWorkers of a connection from 1, Welcome included; the core counts alike, so that a heartbeat's
+    ack tells it which assignments the heartbeat knows of.
+    """
 
     connection: ConnectionId
     body: AttachDown

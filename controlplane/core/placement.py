@@ -90,10 +90,11 @@ def _without(node: FreeNode, taken: set[str]) -> FreeNode:
 def _plan_one(want: Wanted, nodes: Sequence[FreeNode], siblings: Mapping[tuple[DeploymentId, NodeId], int]) -> Plan:
     ranks = ranks_of(want.degrees)
     ordered = sorted(nodes, key=lambda node: _preference(want, node, siblings))
-    for shape, groups in (("one node", _on_one_node), ("whole tensor groups", _by_groups), ("any devices", _anywhere)):
+    ways = (("on one node", _on_one_node), ("by whole tensor groups", _by_groups), ("across nodes", _anywhere))
+    for shape, groups in ways:
         slots = groups(want, ordered)
         if slots is not None:
-            reason = Reason(kind=ReasonKind.REPLACED, text=f"{ranks} free devices found ({shape})")
+            reason = Reason(kind=ReasonKind.REPLACED, text=f"{_devices(ranks)} free {shape}")
             return Plan(members=_members(want, slots), reason=reason)
     return Plan(members=(), reason=_no_place(want, nodes))
 
@@ -103,10 +104,14 @@ def _no_place(want: Wanted, nodes: Sequence[FreeNode]) -> Reason:
     free = sum(len(node.free) for node in nodes)
     present = {node.node for node in nodes}
     missing = sorted({member.node for member in want.previous} - present)
-    text = f"{want.replica} needs {ranks} devices, {free} are free"
+    text = f"{want.replica} needs {_devices(ranks)}, {free} free"
     if missing:
         text += f"; waits for {', '.join(missing)} to come back"
     return Reason(kind=ReasonKind.NO_CAPACITY, text=text)
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' * (count != 1)}"
 
 
 def _preference(

@@ -19,6 +19,18 @@ CROWDING = 0.25
 weights for all, so far less than in proportion."""
 
 
+STEP_S_GUESS = 0.02
+"""Step time where none was measured yet."""
+
+
+def pace(loads: Sequence[Load]) -> list[float]:
+    """Step time of each replica of one deployment in seconds; one that has run nothing is taken to be as fast as its
+    peers on average."""
+    measured = [load.step_s for load in loads if load.step_s > 0]
+    guess = sum(measured) / len(measured) if measured else STEP_S_GUESS
+    return [load.step_s or guess for load in loads]
+
+
 def demand(entry: RouteEntry, capacity: Capacity, cached_blocks: int) -> Unseen:
     """What the request will ask of a replica."""
     return Unseen(
@@ -28,8 +40,8 @@ def demand(entry: RouteEntry, capacity: Capacity, cached_blocks: int) -> Unseen:
     )
 
 
-def predicted_s(entry: RouteEntry, load: Load, capacity: Capacity) -> float:
-    """Seconds until the last token."""
+def predicted_s(entry: RouteEntry, load: Load, capacity: Capacity, step_s: float) -> float:
+    """Seconds until the last token, on a replica whose steps take `step_s`."""
     own = _prefill_tokens(entry, capacity, load.cached_blocks(entry.prefix_hashes))
     prefill_steps = (load.prefill_tokens + own) / capacity.max_batch_tokens
     decode_steps = _decode_steps(entry)
@@ -37,17 +49,17 @@ def predicted_s(entry: RouteEntry, load: Load, capacity: Capacity) -> float:
     over = max(0.0, occupancy + entry.n / capacity.max_sequences - 1.0)
     short = max(0, _blocks(entry, capacity) - load.free_blocks(capacity)) / max(1, capacity.total_blocks)
     waiting_steps = (over + short) * decode_steps
-    return load.step_s * (prefill_steps + waiting_steps + decode_steps * (1 + CROWDING * occupancy))
+    return step_s * (prefill_steps + waiting_steps + decode_steps * (1 + CROWDING * occupancy))
 
 
-def congestion_s(entries: Sequence[RouteEntry], load: Load, capacity: Capacity) -> float:
+def congestion_s(entries: Sequence[RouteEntry], capacity: Capacity, step_s: float) -> float:
     """Seconds that one more request of such a batch adds to the next one on the same replica."""
     steps = sum(
         _prefill_tokens(entry, capacity, 0) / capacity.max_batch_tokens
         + CROWDING * entry.n / capacity.max_sequences * _decode_steps(entry)
         for entry in entries
     )
-    return load.step_s * steps / len(entries)
+    return step_s * steps / len(entries)
 
 
 def fits(entry: RouteEntry, capacity: Capacity) -> bool:

@@ -8,17 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from controlplane.core.entities import FORMING_PHASES, SERVING_PHASES, Deployment, Drain, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import DeletePlacement, WritePlacement
-from controlplane.core.state import (
-    FORMING_PHASES,
-    SERVING_PHASES,
-    ClusterState,
-    Deployment,
-    Drain,
-    Node,
-    Replica,
-)
+from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import RequestId
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import MoveRequests, ReplicaClosed
@@ -38,7 +31,8 @@ def close(state: ClusterState, replica: Replica, reason: Reason, suspects: Seque
         end = ReleaseReplica if replica.retiring else AbortGroup
         for node in _nodes(state, replica):
             state.send_worker(node, end(replica=replica.replica, epoch=replica.epoch, reason=reason))
-    state.record("replica_closed", replica=replica, reason=reason, details={"suspects": ",".join(suspects)})
+    details = {"requests": str(len(replica.load.outstanding)), "suspects": ",".join(suspects)}
+    state.record("replica_closed", replica=replica, reason=reason, details=details)
     _reset(replica, ReplicaPhase.CLOSED, reason)
     state.row_changed(replica)
     state.replan = True
@@ -211,14 +205,29 @@ def forgive_silence(state: ClusterState) -> None:
         replica.stalled_s = 0.0
 
 
+def stage_s(state: ClusterState, replica: Replica) -> float:
+    """How long the replica's present stage may take; of a load: may stand still.
+
+    Before a rank can prepare it must be out of its last epoch: one that is stuck there is killed only after the
+    collective timeout.
+    """
+    match replica.phase:
+        case ReplicaPhase.PREPARING:
+            return state.timings.stage + state.timings.collective_timeout
+        case ReplicaPhase.LOADING:
+            return state.timings.load_progress
+        case _:
+            return state.timings.stage
+
+
 def _judge_stage(state: ClusterState, replica: Replica, passed_s: float) -> None:
+    """A node that is late says so itself, with a better reason: it is given one interval to."""
     replica.stage_s += passed_s
-    loading = replica.phase is ReplicaPhase.LOADING
-    limit = state.timings.load_progress if loading else state.timings.stage
-    if replica.stage_s < limit:
+    limit = stage_s(state, replica)
+    if replica.stage_s < limit + state.timings.heartbeat_interval:
         return
     missing = sorted(set(replica.nodes) - replica.acked)
-    what = f"load stood still at {replica.load_stage or 'its start'}" if loading else replica.phase.name.lower()
+    what = "its load stood still" if replica.phase is ReplicaPhase.LOADING else replica.phase.name.lower()
     text = f"{what} for {limit:g} s; no answer from {', '.join(missing)}"
     fail(state, replica, Reason(kind=ReasonKind.DEADLINE, text=text, node=missing[0], group=replica.replica))
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from math import inf
 
 from controlplane.core.assignment import assign
+from controlplane.core.entities import Deployment, Gateway, Replica, Request
 from controlplane.core.fair_queue import Ticket
-from controlplane.core.prediction import congestion_s, demand, fits, predicted_s
-from controlplane.core.state import ClusterState, Deployment, Gateway, Replica, Request
+from controlplane.core.prediction import congestion_s, demand, fits, pace, predicted_s
+from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import RequestId
 from controlplane.runtime.messages.common import Capacity, Permit, Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
@@ -136,54 +137,75 @@ def drop_queue(
 def dispatch(state: ClusterState, deployment: Deployment) -> None:
     """Assign as many waiting requests as the replicas' windows let in, first in line first."""
     queue = deployment.queue
-    replicas = list(state.served_by(deployment))
+    ready = list(state.served_by(deployment))
     stuck: list[Ticket] = []
     while queue and len(stuck) < STUCK_MAX:
-        open_ones = [replica for replica in replicas if _room(state, replica) > 0]
-        if not open_ones:
+        replicas = _candidates(state, ready)
+        if not replicas:
             break
-        considered = sorted(open_ones, key=lambda replica: _urgency(replica))[: state.limits.assignment_replicas_max]
-        tickets = queue.take(state.limits.assignment_batch_max)
-        left = _assign_batch(state, tickets, considered, replicas)
+        tickets = _take_batch(state, deployment)
+        left = _assign_batch(state, tickets, replicas, ready)
         stuck.extend(left)
+        if len(left) == len(tickets) == 1 and state.requests[left[0].request].entry.n > 1:
+            # it is first in line and needs more room than there is: later ones would keep taking what becomes free
+            break
     queue.restore(stuck)
 
 
-def _urgency(replica: Replica) -> float:
-    return replica.load.step_s * (1 + replica.load.sequences)
+def _take_batch(state: ClusterState, deployment: Deployment) -> list[Ticket]:
+    """The first in line; one that takes several places makes a batch of its own."""
+    tickets = deployment.queue.take(state.limits.assignment_batch_max)
+    wide = [index for index, ticket in enumerate(tickets) if state.requests[ticket.request].entry.n > 1]
+    cut = max(1, wide[0]) if wide else len(tickets)
+    deployment.queue.restore(tickets[cut:])
+    return tickets[:cut]
+
+
+def _candidates(state: ClusterState, ready: Sequence[Replica]) -> list[Replica]:
+    """Replicas with room, the least loaded first and no more than one batch may consider."""
+    with_room = [replica for replica in ready if _room(state, replica) > 0]
+    with_room.sort(key=lambda replica: replica.load.sequences / _capacity(replica).max_sequences)
+    return with_room[: state.limits.assignment_replicas_max]
 
 
 def _assign_batch(
-    state: ClusterState, tickets: Sequence[Ticket], open_ones: Sequence[Replica], ready: Sequence[Replica]
+    state: ClusterState, tickets: Sequence[Ticket], replicas: Sequence[Replica], ready: Sequence[Replica]
 ) -> list[Ticket]:
     """Assign one batch at least cost; the tickets that found no place, in order."""
     requests = [state.requests[ticket.request] for ticket in tickets]
     entries = [request.entry for request in requests]
-    costs = [_costs(state, request, open_ones, ready) for request in requests]
-    room = [_room(state, replica) for replica in open_ones]
-    congestion = [congestion_s(entries, replica.load, _capacity(replica)) for replica in open_ones]
+    steps_s = pace([replica.load for replica in replicas])
+    costs = [_costs(state, request, replicas, steps_s, ready) for request in requests]
+    room = [_room(state, replica) for replica in replicas]
+    congestion = [
+        congestion_s(entries, _capacity(replica), step_s) for replica, step_s in zip(replicas, steps_s, strict=True)
+    ]
     left: list[Ticket] = []
     for ticket, request, choice in zip(tickets, requests, assign(costs, room, congestion), strict=True):
-        # n > 1 takes several places: what the batch filled before it may leave too few
-        if choice is None or not _takes(state, open_ones[choice], request.entry):
+        if choice is None:
             left.append(ticket)
         else:
-            _grant(state, request, open_ones[choice])
+            _grant(state, request, replicas[choice])
     return left
 
 
 def _costs(
-    state: ClusterState, request: Request, open_ones: Sequence[Replica], ready: Sequence[Replica]
+    state: ClusterState,
+    request: Request,
+    replicas: Sequence[Replica],
+    steps_s: Sequence[float],
+    ready: Sequence[Replica],
 ) -> list[float]:
     """Predicted seconds on each replica; inf where it may not run."""
-    excluded = set(request.entry.exclude)
+    entry = request.entry
+    excluded = set(entry.exclude)
     if all(_name(replica) in excluded for replica in ready) and _waited_out(state, request):
         excluded.clear()
     return [
-        inf
-        if _name(replica) in excluded or not fits(request.entry, _capacity(replica))
-        else predicted_s(request.entry, replica.load, _capacity(replica))
-        for replica in open_ones
+        predicted_s(entry, replica.load, _capacity(replica), step_s)
+        if _name(replica) not in excluded and fits(entry, _capacity(replica)) and _takes(state, replica, entry)
+        else inf
+        for replica, step_s in zip(replicas, steps_s, strict=True)
     ]
 
 
@@ -208,6 +230,7 @@ def _grant(state: ClusterState, request: Request, replica: Replica) -> None:
         priority=entry.priority,
     )
     request.permit = permit
+    state.out.replayed[replica.replica] += entry.cause is not RouteCause.NEW
     state.out.assigned.setdefault(driver.link.connection, []).append(permit)
     cached = replica.load.cached_blocks(entry.prefix_hashes)
     replica.load.assigned(entry.request, demand(entry, _capacity(replica), cached), entry.prefix_hashes)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from controlplane.core import adoption, deployments, drains, gateways, groups, membership, recovery, scheduler
+from controlplane.core import deployments, drains, gateways, groups, membership, recovery, scheduler, sessions
+from controlplane.core.entities import Gateway, LeaderPhase, Node, Outbox
 from controlplane.core.messages import (
     AdminAsked,
     ApplyAsked,
     CancelAsked,
-    CloseConnection,
     DeploymentChanged,
     DrainAsked,
     Effect,
@@ -27,8 +27,6 @@ from controlplane.core.messages import (
     PeersChanged,
     ProbeDone,
     RevokeDone,
-    SendGateway,
-    SendWorker,
     StoreLoaded,
     Tick,
     UndrainAsked,
@@ -38,33 +36,14 @@ from controlplane.core.messages import (
     WriteDone,
     WritePlacement,
 )
-from controlplane.core.state import ClusterState, Gateway, LeaderPhase, Link, Node, Outbox
-from controlplane.runtime.messages.common import Head, Reason, ReasonKind
+from controlplane.core.state import ClusterState
+from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.route import (
-    EndBatch,
-    GatewayHeartbeat,
-    GatewayHello,
-    Inventory,
-    Locate,
     ReplicaTable,
-    RouteBatch,
     RoutedBatch,
-    RouteUp,
 )
 from controlplane.runtime.messages.session import (
     AssignBatch,
-    AssignLapsed,
-    AttachUp,
-    Drained,
-    Fenced,
-    GroupState,
-    Heartbeat,
-    Leaving,
-    LoadProgress,
-    RankState,
-    SessionRefused,
-    WorkerHello,
-    WorkerSnapshot,
 )
 
 EARLY_EVENTS_MAX = 65_536
@@ -88,10 +67,10 @@ def step(state: ClusterState, event: Event, now: float) -> list[Effect]:
 
 def _settle(state: ClusterState) -> None:
     """Draw the conclusions of what changed, then send the batches."""
-    if state.replan:
+    while state.replan:
+        state.replan = False
         deployments.reconcile(state)
         drains.settle(state)
-        state.replan = False
     for name in state.reroute:
         deployment = state.deployments.get(name)
         if deployment is not None and deployment.queue:
@@ -102,6 +81,9 @@ def _settle(state: ClusterState) -> None:
 
 def _flush(state: ClusterState) -> None:
     out = state.out
+    for name, count in out.replayed.items():
+        if count:
+            state.record("requests_replayed", replica=state.replicas[name], details={"requests": str(count)})
     if out.rows:
         rows = tuple(gateways.row_of(state, replica) for replica in out.rows.values())
         state.send_gateways(ReplicaTable(full=False, rows=rows))
@@ -137,13 +119,13 @@ def _handle(state: ClusterState, event: Event) -> None:
         case ProbeDone():
             membership.probed(state, event)
         case WorkerOpened() | GatewayOpened():
-            _opened(state, event)
+            sessions.opened(state, event)
         case WorkerSaid():
-            _worker_said(state, event)
+            sessions.worker_said(state, event)
         case GatewaySaid():
-            _gateway_said(state, event)
+            sessions.gateway_said(state, event)
         case WorkerClosed() | GatewayClosed():
-            _closed(state, event)
+            sessions.closed(state, event)
         case AdminAsked():
             _admin_asked(state, event)
         case Tick():
@@ -163,7 +145,7 @@ def _store_loaded(state: ClusterState, event: StoreLoaded) -> None:
         _enter_grace(state, Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="etcd was restored to an older state"))
     for name in list(state.nodes):
         if name not in event.nodes:
-            membership.key_changed(state, name, None)
+            membership.key_absent(state, name)
     for name, record in event.nodes.items():
         membership.key_changed(state, name, record)
     for name in list(state.deployments):
@@ -213,151 +195,6 @@ def _enter_grace(state: ClusterState, reason: Reason) -> None:
     state.grace_s = state.timings.leader_grace
     state.replan = True
     state.record("leader_rebuilding", reason=reason)
-
-
-# ---------------------------------------------------------------- sessions
-
-
-def _opened(state: ClusterState, event: WorkerOpened | GatewayOpened) -> None:
-    hello = event.hello
-    refusal: Reason | None = None
-    if hello.cluster != state.cluster:
-        refusal = Reason(kind=ReasonKind.INVALID, text=f"this is cluster {state.cluster}, not {hello.cluster}")
-    elif hello.highest_term_seen > state.term:
-        refusal = Reason(kind=ReasonKind.STALE_TERM, text=f"term {hello.highest_term_seen} was seen")
-    elif isinstance(hello, WorkerHello):
-        refusal = membership.holder_of(state, hello)
-    if refusal is not None:
-        _refuse(state, event, refusal)
-        if hello.highest_term_seen > state.term:
-            membership.step_down(state, refusal, highest_term=hello.highest_term_seen)
-    elif isinstance(hello, WorkerHello):
-        membership.welcome(state, event.connection, hello)
-    else:
-        gateways.welcome(state, event.connection, hello)
-
-
-def _refuse(state: ClusterState, event: WorkerOpened | GatewayOpened, reason: Reason) -> None:
-    hello = event.hello
-    send = SendWorker if isinstance(hello, WorkerHello) else SendGateway
-    highest = max(state.term, hello.highest_term_seen)
-    state.emit(send(event.connection, SessionRefused(reason=reason, highest_term=highest)))
-    state.emit(CloseConnection(event.connection, reason))
-    name = hello.node if isinstance(hello, WorkerHello) else hello.gateway
-    state.record("session_refused", reason=reason, details={"peer": name})
-
-
-def _closed(state: ClusterState, event: WorkerClosed | GatewayClosed) -> None:
-    link = state.links.pop(event.connection, None)
-    if link is None or link.owner.link is not link:
-        return
-    if isinstance(link.owner, Node):
-        membership.broken(state, link.owner)
-    else:
-        gateways.broken(state, link.owner)
-
-
-def _admitted(state: ClusterState, event: WorkerSaid | GatewaySaid) -> Link | None:
-    """The frame's session, if the frame belongs to it and to this term; else it is counted and dropped."""
-    kind = type(event.body).__name__
-    if isinstance(event.body, Fenced):
-        _peer_fenced(state, event.body)
-        kind = ""
-    if event.head.term > state.term:
-        reason = Reason(kind=ReasonKind.STALE_TERM, text=f"a frame of term {event.head.term} came")
-        membership.step_down(state, reason, highest_term=event.head.term)
-        return None
-    link = state.links.get(event.connection)
-    if link is None or event.head.term != state.term or event.head.session != link.session:
-        if kind:
-            state.fence(kind)
-        return None
-    return link
-
-
-def _peer_fenced(state: ClusterState, fenced: Fenced) -> None:
-    """A peer refused a frame of ours."""
-    state.fence(f"peer:{fenced.frame}")
-    if fenced.highest_term > state.term:
-        reason = Reason(kind=ReasonKind.STALE_TERM, text=f"a peer knows term {fenced.highest_term}")
-        membership.step_down(state, reason, highest_term=fenced.highest_term)
-
-
-def _worker_said(state: ClusterState, event: WorkerSaid) -> None:
-    link = _admitted(state, event)
-    if link is None or not isinstance(link.owner, Node):
-        return
-    node = link.owner
-    membership.heard(state, node)
-    if isinstance(event.body, WorkerSnapshot):
-        adoption.snapshot(state, node, event.body)
-    elif node.known:
-        _worker_frame(state, node, event.head, event.body)
-    elif not isinstance(event.body, Heartbeat | Fenced):
-        state.fence(type(event.body).__name__)
-
-
-def _worker_frame(state: ClusterState, node: Node, head: Head, body: AttachUp) -> None:
-    match body:
-        case Heartbeat():
-            _heartbeat(state, node, head, body)
-        case RankState():
-            membership.rank_changed(state, node, body)
-        case GroupState():
-            groups.answered(state, node, body)
-        case LoadProgress():
-            groups.load_moved(state, node, body)
-        case AssignLapsed():
-            for permit in body.permits:
-                scheduler.lapse(state, permit)
-        case Drained():
-            drains.drained(state, node)
-        case Leaving():
-            drains.leaving(state, node, body)
-        case WorkerHello() | WorkerSnapshot() | Fenced():
-            pass
-        case _:
-            assert_never(body)
-
-
-def _heartbeat(state: ClusterState, node: Node, head: Head, heartbeat: Heartbeat) -> None:
-    node.loop_lag_ms = heartbeat.loop_lag_ms
-    for health in heartbeat.health:
-        membership.health_changed(state, node, health)
-    for load in heartbeat.replicas:
-        replica = state.replicas.get(load.replica)
-        if replica is None or replica.epoch != load.epoch or not replica.holds_devices:
-            state.fence("ReplicaLoad")
-        elif replica.members[0].node == node.node:
-            recovery.load_heard(state, replica, load, head.ack)
-
-
-def _gateway_said(state: ClusterState, event: GatewaySaid) -> None:
-    link = _admitted(state, event)
-    if link is None or not isinstance(link.owner, Gateway):
-        return
-    link.owner.silence_s = 0.0
-    _gateway_frame(state, link.owner, event.body)
-
-
-def _gateway_frame(state: ClusterState, gateway: Gateway, body: RouteUp) -> None:
-    match body:
-        case RouteBatch():
-            for entry in body.entries:
-                scheduler.route(state, gateway, entry)
-        case EndBatch():
-            for entry in body.entries:
-                scheduler.end(state, entry)
-        case Inventory():
-            gateways.inventory(state, gateway, body)
-        case GatewayHeartbeat():
-            gateway.open_requests = body.open_requests
-        case Locate():
-            gateways.locate(state, gateway, body)
-        case GatewayHello() | Fenced():
-            pass
-        case _:
-            assert_never(body)
 
 
 # ---------------------------------------------------------------- operators, time

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controlplane.core.state import SERVING_PHASES, ClusterState, Deployment, LeaderPhase, Node, NodePhase, Replica
+from controlplane.core.entities import SERVING_PHASES, Deployment, LeaderPhase, Node, NodePhase, Replica
+from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import (
     Attempt,
     ClusterId,

@@ -61,6 +61,8 @@ from controlplane.runtime.messages.common import (
     ReplicaSpec,
 )
 from controlplane.runtime.messages.route import (
+    EndBatch,
+    GatewayHeartbeat,
     GatewayHello,
     GatewayWelcome,
     Inventory,
@@ -137,6 +139,8 @@ class Worker:
     alive: bool = True
     # Hung: takes nothing in, says nothing.
     stopped: bool = False
+    # Its port refuses connects although it lives.
+    refuses: bool = False
     draining: bool = False
     connection: ConnectionId | None = None
     session: SessionId = SessionId(0)
@@ -147,6 +151,8 @@ class Worker:
     assigned: dict[RequestId, Permit] = field(default_factory=dict[RequestId, Permit])
     # What its heartbeats say of a replica beside epoch and progress.
     loads: dict[ReplicaId, dict[str, float]] = field(default_factory=dict[ReplicaId, dict[str, float]])
+    # Devices whose rank process is being started again.
+    down: deque[str] = field(default_factory=deque[str])
     weights: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
@@ -231,6 +237,19 @@ class Cluster:
             case _:
                 pass
 
+    def successor(self) -> Cluster:
+        """Another control plane, just elected: the same etcd, the same peers without a session."""
+        other = Cluster(term=self.state.term + 1, limits=self.state.limits, timings=self.timings)
+        other.now, other.leases = self.now, self.leases
+        other.keys, other.placements, other.deployments = self.keys, self.placements, self.deployments
+        for worker in self.workers.values():
+            worker.connection, worker.session = None, SessionId(0)
+            worker.inbox.clear()
+        for peer in self.gateways.values():
+            peer.connection = None
+        other.workers, other.gateways = self.workers, self.gateways
+        return other
+
     # ------------------------------------------------------------ etcd
 
     def load(self, *, restored: bool = False, peers: tuple[str, ...] = ()) -> list[Effect]:
@@ -265,7 +284,7 @@ class Cluster:
     def probe_next(self) -> list[Effect]:
         probe = self.probes.popleft()
         worker = self.workers.get(probe.node)
-        refused = worker is None or not worker.alive or worker.incarnation != probe.incarnation
+        refused = worker is None or not worker.alive or worker.refuses or worker.incarnation != probe.incarnation
         return self.step(ProbeDone(probe.node, probe.incarnation, refused))
 
     def lease_gone(self, node: NodeId) -> list[Effect]:
@@ -351,13 +370,14 @@ class Cluster:
             if held.phase is not ReplicaPhase.READY:
                 continue
             values = worker.loads.get(name, {})
+            running = sum(permit.replica == name for permit in worker.assigned.values())
             held.progress += 0 if values.get("stuck") else 1
             loads.append(
                 ReplicaLoad(
                     replica=name,
                     epoch=held.epoch,
                     free_blocks=int(values.get("free", CAPACITY.total_blocks)),
-                    running=int(values.get("running", 0)),
+                    running=int(values.get("running", running)),
                     waiting=int(values.get("waiting", 0)),
                     step_ms=values.get("step_ms", 10.0),
                     progress=held.progress,
@@ -383,6 +403,7 @@ class Cluster:
                 held = worker.held.get(frame.replica)
                 if held is not None and held.epoch <= frame.epoch:
                     del worker.held[frame.replica]
+                    self._end_sequences(worker, frame.replica)
             case AssignBatch():
                 worker.assigned.update({permit.request: permit for permit in frame.permits})
             case DrainNode():
@@ -427,6 +448,8 @@ class Cluster:
         name, held = next((name, held) for name, held in worker.held.items() if device in held.devices)
         del worker.held[name]
         worker.weights.pop(device, None)
+        worker.down.append(device)
+        self._end_sequences(worker, name)
         return self.say(
             worker,
             RankState(
@@ -442,6 +465,17 @@ class Cluster:
             ),
         )
 
+    def rank_comes_up(self, worker: Worker) -> list[Effect]:
+        """The zygote forked a new rank for the device that lost its own."""
+        device = worker.down.popleft()
+        state = RankState(device=device, pid=201, replica=ReplicaId(""), epoch=Epoch(0), rank=0, phase=RankPhase.IDLE)
+        return self.say(worker, state)
+
+    @staticmethod
+    def _end_sequences(worker: Worker, replica: ReplicaId) -> None:
+        for request in [name for name, permit in worker.assigned.items() if permit.replica == replica]:
+            del worker.assigned[request]
+
     def break_stream(self, worker: Worker) -> list[Effect]:
         assert worker.connection is not None
         connection, worker.connection, worker.session = worker.connection, None, SessionId(0)
@@ -452,14 +486,19 @@ class Cluster:
         """The process dies, its ranks with it; its lease lives on in etcd."""
         worker.alive = False
         worker.held.clear()
+        worker.assigned.clear()
         return self.break_stream(worker) if worker.connection is not None else []
 
     # ------------------------------------------------------------ gateways
 
-    def add_gateway(self, name: str, journals: tuple[JournalInfo, ...] = ()) -> GatewayPeer:
+    def add_gateway(
+        self, name: str, journals: tuple[JournalInfo, ...] = (), effects: list[Effect] | None = None
+    ) -> GatewayPeer:
         peer = GatewayPeer(GatewayId(name), Incarnation(f"{name}-1"))
         self.gateways[peer.gateway] = peer
-        self.open_gateway(peer, journals)
+        happened = self.open_gateway(peer, journals)
+        if effects is not None:
+            effects.extend(happened)
         return peer
 
     def open_gateway(self, peer: GatewayPeer, journals: tuple[JournalInfo, ...] = ()) -> list[Effect]:
@@ -480,6 +519,10 @@ class Cluster:
 
     def tell(self, peer: GatewayPeer, body: RouteUp) -> list[Effect]:
         assert peer.connection is not None
+        if isinstance(body, EndBatch):
+            for worker in self.workers.values():
+                for ended in body.entries:
+                    worker.assigned.pop(ended.request, None)
         peer.sent += 1
         head = Head(term=self.state.term, session=peer.session, seq=peer.sent)
         return self.step(GatewaySaid(peer.connection, head, body))
@@ -498,6 +541,9 @@ class Cluster:
         for worker in list(self.workers.values()):
             if worker.session and worker.alive and not worker.stopped:
                 effects += self.beat(worker)
+        for peer in list(self.gateways.values()):
+            if peer.connection is not None:
+                effects += self.tell(peer, GatewayHeartbeat(open_requests=0, journal_tokens=0, loop_lag_ms=0))
         return effects + self.step(Tick())
 
     def settle(self) -> list[Effect]:
@@ -516,6 +562,9 @@ class Cluster:
                 effects += self.revoke_next()
                 busy = True
             for worker in list(self.workers.values()):
+                while worker.down and worker.alive and worker.session:
+                    effects += self.rank_comes_up(worker)
+                    busy = True
                 while worker.inbox and worker.alive and not worker.stopped and worker.connection is not None:
                     effects += self.answer_next(worker)
                     busy = True

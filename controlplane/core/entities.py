@@ -1,0 +1,259 @@
+"""What the coordinator keeps of its peers, replicas, deployments and requests. Owned by ClusterState (state.py).
+
+Times of waiting are counted in ticks that the judge itself ran (PROTOCOL H10), in seconds: `*_s` fields grow by at most
+two heartbeat intervals a tick and not at all in a late one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from controlplane.core.fair_queue import FairQueue
+from controlplane.core.load import Load
+from controlplane.core.messages import ConnectionId, Effect
+from controlplane.runtime.ids import (
+    DeploymentId,
+    Epoch,
+    GatewayId,
+    Incarnation,
+    NodeId,
+    ReplicaId,
+    RequestId,
+    SessionId,
+)
+from controlplane.runtime.messages.common import Capacity, Device, Member, Permit, Reason, ReplicaPhase, ReplicaSpec
+from controlplane.runtime.messages.route import Routed, RouteEntry, RouteRefused
+from controlplane.runtime.messages.session import RankInfo, ReplicaInfo, SequenceInfo
+from controlplane.runtime.records import DeploymentRecord
+
+
+class LeaderPhase(IntEnum):
+    """Values of LeaderPhase in admin.proto."""
+
+    CANDIDATE = 1
+    # Routes to snapshotted replicas; absence proves nothing yet.
+    REBUILDING = 2
+    LEADING = 3
+    # Cannot reach etcd: routes and closes in memory; neither revokes nor places.
+    FROZEN = 4
+
+
+class NodePhase(IntEnum):
+    """Values of NodePhase in admin.proto."""
+
+    # In etcd, no session yet.
+    KNOWN = 1
+    LIVE = 2
+    UNREACHABLE = 3
+    DRAINING = 4
+    LEFT = 5
+    LOST = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of what the coordinator keeps, each with its overflow rule."""
+
+    # New requests that wait in all queues together; beyond it they are refused as OVERLOADED. Replays pass.
+    queued_requests_max: int = 4096
+    # Sequences a replica is given, as a multiple of its batch; beyond it requests wait here, where order is global.
+    window_batches: int = 2
+    # Requests assigned in one optimised batch; more take several batches.
+    assignment_batch_max: int = 32
+    # Replicas considered for one batch, least loaded first; the others wait for a later one.
+    assignment_replicas_max: int = 16
+    # Failed attempts to bring a replica up within timings.regroup_window after which it is DEGRADED.
+    regroup_failures_max: int = 3
+
+
+@dataclass(slots=True)
+class Link:
+    """One stream of a peer."""
+
+    connection: ConnectionId
+    owner: Node | Gateway
+    session: SessionId
+    # Frames sent on it, as the shell counts them in heads.
+    sent: int = 0
+
+
+@dataclass(slots=True)
+class Drain:
+    """Leave taken in order: running work ends until `left_s` is over, then it moves."""
+
+    reason: Reason
+    left_s: float
+    moved: bool = False
+    # The daemon goes away afterwards.
+    leaving: bool = False
+
+
+@dataclass(slots=True)
+class SnapshotChunks:
+    """A WorkerSnapshot as far as it came."""
+
+    ranks: list[RankInfo] = field(default_factory=list[RankInfo])
+    replicas: list[ReplicaInfo] = field(default_factory=list[ReplicaInfo])
+    sequences: list[SequenceInfo] = field(default_factory=list[SequenceInfo])
+
+
+@dataclass(slots=True)
+class Node:
+    """A worker daemon: one incarnation a name."""
+
+    node: NodeId
+    incarnation: Incarnation
+    phase: NodePhase
+    serve_address: str
+    host: str
+    pid: int
+    lease_id: int
+    # Its key stands in etcd, as far as we know.
+    leased: bool
+    # That was seen; until then a newcomer is believed.
+    registered: bool = False
+    devices: tuple[Device, ...] = ()
+    link: Link | None = None
+    # This session's Snapshot is complete.
+    known: bool = False
+    # A session of this incarnation worked in this term: a refused connect then proves something.
+    worked: bool = False
+    chunks: SnapshotChunks = field(default_factory=SnapshotChunks)
+    ranks: dict[str, RankInfo] = field(default_factory=dict[str, RankInfo])
+    # Whose weights a device's rank process holds: the spec they were loaded by, and the rank's number.
+    held: dict[str, tuple[ReplicaSpec, int]] = field(default_factory=dict[str, tuple[ReplicaSpec, int]])
+    # Requests whose sequences it reported with its Snapshot.
+    sequences: dict[RequestId, SequenceInfo] = field(default_factory=dict[RequestId, SequenceInfo])
+    sick: dict[str, Reason] = field(default_factory=dict[str, Reason])
+    silence_s: float = 0.0
+    unreachable_s: float = 0.0
+    probing: bool = False
+    # Probes under way that an older break of its session began: their outcome says nothing.
+    void_probes: int = 0
+    # Two connects were refused after its session broke.
+    proven: bool = False
+    revoked: bool = False
+    drain: Drain | None = None
+    loop_lag_ms: int = 0
+    reason: Reason | None = None
+
+    @property
+    def placeable(self) -> bool:
+        """New ranks may be placed here."""
+        return self.phase is NodePhase.LIVE and self.known
+
+
+@dataclass(slots=True)
+class Gateway:
+    gateway: GatewayId
+    incarnation: Incarnation
+    url: str
+    pid: int
+    host: str
+    link: Link | None = None
+    # This session's Inventory is complete.
+    known: bool = False
+    # Requests of the Inventory as far as it came.
+    listed: set[RequestId] = field(default_factory=set[RequestId])
+    silence_s: float = 0.0
+    gone_s: float = 0.0
+    open_requests: int = 0
+
+
+FORMING_PHASES = frozenset({ReplicaPhase.PREPARING, ReplicaPhase.FORMING, ReplicaPhase.LOADING})
+SERVING_PHASES = frozenset({ReplicaPhase.READY, ReplicaPhase.DRAINING})
+PLACED_PHASES = FORMING_PHASES | SERVING_PHASES | {ReplicaPhase.PLANNED}
+
+
+@dataclass(slots=True)
+class Replica:
+    """A replica through all its epochs."""
+
+    replica: ReplicaId
+    deployment: DeploymentId
+    index: int
+    phase: ReplicaPhase
+    epoch: Epoch
+    # Epoch that etcd is known to hold.
+    stored: Epoch
+    # Members of the epoch; of the last one while it has no place.
+    members: tuple[Member, ...] = ()
+    # What the epoch was placed with; None for one read from etcd.
+    spec: ReplicaSpec | None = None
+    # A placement read from etcd, until its workers tell what became of it: its devices are not free.
+    adopting: bool = False
+    # Nodes that answered the current stage, or reported the adopted epoch.
+    acked: set[NodeId] = field(default_factory=set[NodeId])
+    nonce: str = ""
+    rendezvous: str = ""
+    # Time in the current stage; starts again with each load progress.
+    stage_s: float = 0.0
+    load_stage: str = ""
+    load_fraction: float = 0.0
+    capacity: Capacity | None = None
+    load: Load = field(default_factory=Load)
+    # How long it has had work without its progress counter moving.
+    stalled_s: float = 0.0
+    served_s: float = 0.0
+    drain: Drain | None = None
+    # It goes for good once closed.
+    retiring: bool = False
+    failures: deque[float] = field(default_factory=deque[float])
+    retry_s: float = 0.0
+    # Since it has no place.
+    homeless_s: float = 0.0
+    reason: Reason | None = None
+
+    @property
+    def nodes(self) -> list[NodeId]:
+        """Its nodes, rank 0's first."""
+        return list(dict.fromkeys(member.node for member in self.members))
+
+    @property
+    def holds_devices(self) -> bool:
+        return self.adopting or self.phase in PLACED_PHASES
+
+
+@dataclass(slots=True)
+class Deployment:
+    record: DeploymentRecord
+    replicas: dict[int, Replica] = field(default_factory=dict[int, Replica])
+    queue: FairQueue = field(default_factory=FairQueue)
+    removed: bool = False
+
+
+@dataclass(slots=True)
+class Request:
+    """An attempt of a request, queued or assigned."""
+
+    entry: RouteEntry
+    gateway: GatewayId
+    # Incarnation whose journal it is.
+    incarnation: Incarnation
+    arrived: float
+    deadline: float | None
+    # None while it waits.
+    permit: Permit | None = None
+    # How long no gateway session held its journal.
+    orphan_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Batched frames of one step: sent at its end."""
+
+    effects: list[Effect] = field(default_factory=list[Effect])
+    routed: dict[ConnectionId, list[Routed]] = field(default_factory=dict[ConnectionId, list[Routed]])
+    refused: dict[ConnectionId, list[RouteRefused]] = field(default_factory=dict[ConnectionId, list[RouteRefused]])
+    assigned: dict[ConnectionId, list[Permit]] = field(default_factory=dict[ConnectionId, list[Permit]])
+    # Replays routed, by the replica that takes them.
+    replayed: Counter[ReplicaId] = field(default_factory=Counter[ReplicaId])
+    # Replicas whose row in the gateways' table changed.
+    rows: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
+
+
+def is_session_live(node: Node) -> bool:
+    """The node speaks to us: its Snapshot came and it is not silent."""
+    return node.link is not None and node.known and node.phase in (NodePhase.LIVE, NodePhase.DRAINING, NodePhase.LEFT)

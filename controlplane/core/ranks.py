@@ -1,0 +1,52 @@
+"""What workers say of their rank processes and devices between two Snapshots."""
+
+from __future__ import annotations
+
+from controlplane.core.entities import Node
+from controlplane.core.recovery import fail
+from controlplane.core.state import ClusterState
+from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind
+from controlplane.runtime.messages.session import DeviceHealth, RankInfo, RankState
+
+
+def rank_changed(state: ClusterState, node: Node, change: RankState) -> None:
+    """A rank's process moved on, failed, or is gone: its replica with it."""
+    node.ranks[change.device] = RankInfo(
+        device=change.device,
+        pid=change.pid,
+        phase=change.phase,
+        replica=change.replica,
+        epoch=change.epoch,
+        rank=change.rank,
+    )
+    state.replan = True
+    exited = change.phase is RankPhase.EXITED
+    if exited:
+        node.held.pop(change.device, None)
+    replica = state.replicas.get(change.replica)
+    if replica is None or not (exited or change.reason is not None):
+        return
+    if replica.epoch != change.epoch or not replica.holds_devices or node.node not in replica.nodes:
+        return
+    reason = change.reason or Reason(kind=ReasonKind.PROCESS_EXITED, node=node.node, rank=change.rank)
+    name = "rank_exited" if exited else "rank_failed"
+    state.record(name, node=node.node, replica=replica, reason=reason, details={"device": change.device})
+    fail(state, replica, reason, change.suspects)
+
+
+def health_changed(state: ClusterState, node: Node, health: DeviceHealth) -> None:
+    """A sick device takes no ranks; the replica on it is closed."""
+    if health.ok:
+        if node.sick.pop(health.device, None) is not None:
+            state.record("device_recovered", node=node.node, details={"device": health.device})
+            state.replan = True
+        return
+    if health.device in node.sick:
+        return
+    reason = health.reason or Reason(kind=ReasonKind.DEVICE_SICK, text=health.device, node=node.node)
+    node.sick[health.device] = reason
+    state.record("device_sickened", node=node.node, reason=reason, details={"device": health.device})
+    for replica in list(state.replicas.values()):
+        on_it = any(member.node == node.node and member.device == health.device for member in replica.members)
+        if on_it and replica.holds_devices:
+            fail(state, replica, reason)
