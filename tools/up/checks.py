@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from controlplane.config import ClusterConfig
 from controlplane.runtime.etcd_server import find_etcd, free_port
 from tools.up import preflight
@@ -40,11 +42,19 @@ def cuda_devices(wanted: str) -> int:
     return found
 
 
-def port_near(preferred: int) -> int:
-    """`preferred` if nothing listens there, else any free port; 0 prefers none."""
-    if preferred and preflight.busy_port("", "127.0.0.1", preferred) is None:
-        return preferred
-    return free_port("127.0.0.1")
+class FreePorts:
+    """Hands out ports on which nothing listens, none of them twice and none of those set aside for others."""
+
+    def __init__(self, set_aside: Iterable[int] = ()) -> None:
+        self._taken = set(set_aside)
+
+    def __call__(self, preferred: int) -> int:
+        """`preferred` if it is free, else any; 0 prefers none."""
+        port = preferred
+        while port == 0 or port in self._taken or preflight.busy_port("", "127.0.0.1", port):
+            port = free_port("127.0.0.1")
+        self._taken.add(port)
+        return port
 
 
 def _refuse(complaints: list[str]) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from controlplane.config import ClusterConfig, ControlPlaneConfig, NodeConfig, Section
-from controlplane.config_source import ConfigError, Problem
+from controlplane.config_checks import cross_checks
+from controlplane.config_source import ConfigError, Problem, dotted
 from tools.up.process import ChildSpec
 from tools.up.state import StateDir
 
@@ -51,7 +52,11 @@ def fit_to_machine(config: ClusterConfig, shape: LocalShape, free_port: Callable
         # A worker shares its node's cores among its ranks; here all workers share one machine's.
         ranks = sum(len(node.devices) for node in nodes)
         model = _with(model, cpu_threads=max(1, shape.cpu_cores // ranks))
-    return _with(config, cluster=cluster, model=model)
+    fitted = _with(config, cluster=cluster, model=model)
+    problems = [Problem("", dotted(loc), text) for loc, text in cross_checks(fitted)]
+    if problems:
+        raise ConfigError(problems)
+    return fitted
 
 
 def _nodes(config: ClusterConfig, shape: LocalShape) -> list[NodeConfig]:
@@ -109,16 +114,23 @@ def _controlplanes(
         if shape.http_port is not None:
             processes[0] = _with(processes[0], http_port=shape.http_port)
         return processes
-    first = shape.http_port or HTTP_PORT_DEFAULT
     return [
         ControlPlaneConfig(
             name=f"cp-{index}",
             host=shape.host,
             port=free_port(GRPC_PORT_DEFAULT + index) if shape.grpc_port is None else shape.grpc_port + index,
-            http_port=first + index,
+            http_port=http_port,
         )
-        for index in range(shape.controlplanes or 1)
+        for index, http_port in enumerate(gateway_ports(config, shape))
     ]
+
+
+def gateway_ports(config: ClusterConfig, shape: LocalShape) -> list[int]:
+    """The gateways' HTTP ports: the file's, or counted up from the first."""
+    if config.cluster.controlplanes and shape.controlplanes is None:
+        return [process.http_port for process in config.cluster.controlplanes]
+    first = shape.http_port or HTTP_PORT_DEFAULT
+    return list(range(first, first + (shape.controlplanes or 1)))
 
 
 def reachable(host: str) -> str:
