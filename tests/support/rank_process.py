@@ -32,7 +32,9 @@ PROMPT_FAIL = 7_000_002
 """… makes its step fail in order."""
 
 PROMPT_HANG = 7_000_003
-"""… stops its rank's progress for good, deaf to Abort."""
+"""… stops its rank's progress for good, deaf to Abort, at this collective:"""
+
+HANG_COLLECTIVE = 3
 
 CAPACITY = Capacity(total_blocks=1024, block_tokens=16, max_sequences=64, max_batch_tokens=2048, max_model_tokens=4096)
 
@@ -149,7 +151,7 @@ class _Rank:
         if PROMPT_ABORT in first:
             os.kill(os.getpid(), signal.SIGABRT)
         if PROMPT_HANG in first:
-            self._page.set_collective(3)
+            self._page.set_collective(HANG_COLLECTIVE)
             while True:
                 time.sleep(1)
         if PROMPT_FAIL in first:

@@ -1,7 +1,7 @@
 """A worker daemon as a real process, and both its peers played from a test over real gRPC and a real etcd.
 
-`python -m tests.support.worker ETCD NODE PORT DEVICES FOLDER` runs the daemon with ranks of tests.support.rank_process,
-which start without torch.
+`python -m tests.support.worker ETCD CLUSTER NODE PORT DEVICES FOLDER` runs the daemon with ranks of
+tests.support.rank_process, which start without torch.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ from tests.support.cluster import ROOT, eventually, free_port
 T = TypeVar("T")
 
 CLUSTER = ClusterId("c" * 32)
-KEYS = Keys("test")
 TIMINGS = derive_timings()
 RANK_ENTRY = "tests.support.rank_process:rank_main"
 REPLICA = ReplicaId("tiny-0")
@@ -89,12 +88,14 @@ SPEC = ReplicaSpec(deployment=DeploymentId("tiny"), model_path="nowhere")
 class WorkerProcess:
     """One daemon, started as its own process."""
 
-    def __init__(self, etcd: str, node: str, folder: Path, devices: str = "cpu:0", port: int | None = None) -> None:
+    def __init__(self, stage: Stage, node: str, devices: str, port: int | None) -> None:
+        folder = stage.folder
         self.node = NodeId(node)
         self.port = port or free_port()
         self.folder = folder
         self.log = folder / f"{node}.log"
-        self._arguments = (etcd, node, str(self.port), devices, str(folder))
+        cluster = stage.keys.cluster_name
+        self._arguments = (stage.etcd.endpoint, cluster, node, str(self.port), devices, str(folder))
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -151,9 +152,9 @@ class WorkerProcess:
         return self.log.read_text()
 
 
-def main(etcd: str, node: str, port: str, devices: str, folder: str) -> int:
+def main(etcd: str, cluster: str, node: str, port: str, devices: str, folder: str) -> int:
     flags = WorkerFlags(
-        etcd=etcd, node=node, cluster="test", port=int(port), devices=devices, state_dir=Path(folder) / "state"
+        etcd=etcd, node=node, cluster=cluster, port=int(port), devices=devices, state_dir=Path(folder) / "state"
     )
     config = resolve(flags)
     configure_logging(json_lines=True, node=node)
@@ -394,11 +395,12 @@ class PlayedGateway:
 
 
 class Stage:
-    """etcd with a cluster's record, a leader, and daemons."""
+    """A cluster of its own in an etcd: its record, a leader, and daemons."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, etcd: EtcdChild, folder: Path) -> None:
+        self.etcd = etcd
         self.folder = folder
-        self.etcd = EtcdChild(data_dir=folder / "etcd", log_path=folder / "etcd.log")
+        self.keys = Keys(draw_id())
         self.leader = PlayedLeader()
         self.workers: list[WorkerProcess] = []
         self.gateways: list[PlayedGateway] = []
@@ -411,18 +413,18 @@ class Stage:
 
     async def put_cluster(self) -> None:
         record = ClusterRecord(cluster=CLUSTER, timing=TIMINGS.to_spec())
-        await self.client.put(KEYS.cluster, to_json(record), timeout=5)
+        await self.client.put(self.keys.cluster, to_json(record), timeout=5)
 
     async def put_leader(self, leader: PlayedLeader) -> None:
-        await self.client.put(KEYS.leader, to_json(leader.record), timeout=5)
+        await self.client.put(self.keys.leader, to_json(leader.record), timeout=5)
 
     async def node_record(self, node: NodeId) -> NodeRecord | None:
-        item = await self.client.get(KEYS.node(node), timeout=5)
+        item = await self.client.get(self.keys.node(node), timeout=5)
         return from_json(item.value, NodeRecord) if item is not None else None
 
     async def worker(self, node: str = "w0", devices: str = "cpu:0", port: int | None = None) -> WorkerProcess:
         """Start a daemon."""
-        worker = WorkerProcess(self.etcd.endpoint, node, self.folder, devices, port)
+        worker = WorkerProcess(self, node, devices, port)
         self.workers.append(worker)
         await worker.start()
         return worker
@@ -434,10 +436,13 @@ class Stage:
         await gateway.connect()
         return gateway
 
-    async def open(self) -> None:
-        await self.etcd.start()
+    async def connect(self) -> None:
+        """Reach etcd, and start the leader; nobody is told of it yet."""
         self._client = EtcdClient(EtcdOptions(endpoints=(self.etcd.endpoint,)), TIMINGS, SystemClock())
         await self.leader.start()
+
+    async def open(self) -> None:
+        """Make the cluster one that a worker can join."""
         await self.put_cluster()
         await self.put_leader(self.leader)
 
@@ -449,14 +454,14 @@ class Stage:
         await self.leader.stop()
         if self._client is not None:
             await self._client.close()
-        await self.etcd.stop()
 
 
 @asynccontextmanager
-async def stage(folder: Path) -> AsyncIterator[Stage]:
+async def stage(etcd: EtcdChild, folder: Path) -> AsyncIterator[Stage]:
     """A stage, cleared afterwards."""
-    played = Stage(folder)
+    played = Stage(etcd, folder)
     try:
+        await played.connect()
         await played.open()
         yield played
     finally:
