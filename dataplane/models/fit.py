@@ -21,9 +21,10 @@ from controlplane.runtime.errors import invalid
 from controlplane.runtime.messages.common import ReplicaSpec
 from dataplane.models.checkpoint import open_checkpoint
 from dataplane.models.dry_run import DRY_ATTENTION, AttentionLayer, dry_run
+from dataplane.models.fitted import Fitted
 from dataplane.models.rotary import Rotary
 from dataplane.models.structure import attention_modules, decoder_of, refused, set_implementation
-from dataplane.models.surgery import Fitted, fit
+from dataplane.models.surgery import fit
 from dataplane.models.tensor_file import TensorReader
 from dataplane.models.weights import Report, check_complete, dummy_source, file_source, fill, materialise
 from dataplane.parallel.expert import EXPERTS_IMPLEMENTATION
@@ -117,7 +118,7 @@ def load_model(
             source = dummy_source(shapes, float(getattr(config, "initializer_range", 0.02)))
         else:
             source = file_source(checkpoint, reader, aliases)
-        fill(fitted, shapes, source, report)
+        fill(fitted, source, report)
     limit = int(config.max_position_embeddings)
     return FittedModel(
         module=whole.eval(),

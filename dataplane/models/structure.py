@@ -36,9 +36,17 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The decoder's list of layers and its path: the one whose items hold the attention modules."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and any(attention_modules(module[0])):
+        if isinstance(module, nn.ModuleList) and any(True for item in module for _ in attention_modules(item)):
             return name, module
     raise refused(model, "no list of layers with attention modules was found")
+
+
+def path_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    """Where in the tree a module is. Raises Rejected for one that the model does not have."""
+    for name, module in model.named_modules():
+        if module is wanted:
+            return name
+    raise refused(model, "it lacks an input embedding or a vocabulary head")
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:

@@ -1,45 +1,40 @@
 """Fits a whole transformers model on the meta device to a mesh.
 
-Structure decides what is cut, and how; where the class brings a plan of its own it is a check, never the source.
-What each local tensor consists of is written down as pieces of the whole tensors, for loading to read.
+Structure decides what is cut, and how. What each local tensor consists of is written down as pieces of the whole
+tensors, for loading to read. Forward code is never rewritten: it runs over smaller modules.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dataplane.models.pieces import Layout, Shape, whole
-from dataplane.models.rotary import Rotary, is_rotary, replace_rotary
-from dataplane.models.structure import expert_modules, replace_module
-from dataplane.parallel.expert import ExpertShard
+from dataplane.models.fit_attention import fit_attention
+from dataplane.models.fit_mlp import REPLICATED, fit_experts, fit_feed_forward
+from dataplane.models.fit_stage import fit_stage, fit_vocabulary
+from dataplane.models.fitted import Fitted
+from dataplane.models.rotary import is_rotary, replace_rotary
+from dataplane.models.structure import attention_modules, expert_modules, layers_of, refused
 from dataplane.parallel.mesh import Mesh
 from dataplane.parallel.tensor import Linear
 
 
-@dataclass(slots=True)
-class Fitted:
-    """A model after surgery, still on meta."""
-
-    model: PreTrainedModel
-    layout: Layout = field(default_factory=dict)
-    # Local name → local name of the tensor it shares memory with.
-    tied: dict[str, str] = field(default_factory=dict)
-    rotaries: list[Rotary] = field(default_factory=list)
-
-
 def fit(model: PreTrainedModel, mesh: Mesh) -> Fitted:
     """Cut `model` (whole, on meta) down to this rank's part. Raises Rejected, SplitError."""
-    fitted = Fitted(model)
+    fitted = Fitted(model, mesh)
     _fit_rotary(fitted)
+    fit_stage(fitted)
     with torch.device("meta"):
-        _fit_experts(fitted, mesh)
-        _fit_linears(fitted)
-    if model.config.tie_word_embeddings:
-        fitted.tied = dict(model.all_tied_weights_keys)
+        for path, _ in list(attention_modules(model)):
+            fit_attention(fitted, path)
+        for path, _ in list(expert_modules(model)):
+            fit_experts(fitted, path)
+        for path, _ in list(model.named_modules()):
+            if _exists(model, path):
+                fit_feed_forward(fitted, path)
+        fit_vocabulary(fitted)
+        _fit_the_rest(fitted)
     return fitted
 
 
@@ -48,22 +43,24 @@ def _fit_rotary(fitted: Fitted) -> None:
         if is_rotary(module):
             rotary = replace_rotary(module)
             fitted.rotaries.append(rotary)
-            replace_module(fitted.model, name, rotary)
+            fitted.replace(name, rotary)
 
 
-def _fit_experts(fitted: Fitted, mesh: Mesh) -> None:
-    for _, module in expert_modules(fitted.model):
-        module.perdure_experts = ExpertShard(0, int(module.num_experts), mesh.tensor)  # type: ignore[assignment,arg-type]
-        module.matmul = nn.functional.linear  # type: ignore[assignment]
+def _fit_the_rest(fitted: Fitted) -> None:
+    """Linear layers that no step has cut are computed whole, through the common place for products."""
+    layers, _ = layers_of(fitted.model)
+    for path, module in list(fitted.model.named_modules()):
+        if type(module) is not nn.Linear:
+            continue
+        if fitted.mesh.tensor.size > 1 and path.startswith(layers) and path.rpartition(".")[2] not in REPLICATED:
+            raise refused(fitted.model, f"{path} is not known to be cut over tensor ranks")
+        fitted.replace(path, Linear(module.weight, module.bias))
 
 
-def _fit_linears(fitted: Fitted) -> None:
-    """What no earlier step has cut is computed whole, through the common place for products."""
-    for name, module in list(fitted.model.named_modules()):
-        if type(module) is nn.Linear:
-            replace_module(fitted.model, name, Linear(module.weight, module.bias))
-            fitted.layout[f"{name}.weight"] = whole(f"{name}.weight", _shape(module.weight))
-
-
-def _shape(tensor: torch.Tensor) -> Shape:
-    return tuple(tensor.shape)
+def _exists(model: nn.Module, path: str) -> bool:
+    """Whether a path still leads to a module: an earlier cut may have taken its parts away."""
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

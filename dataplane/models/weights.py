@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from controlplane.runtime.errors import invalid
 from dataplane.models.checkpoint import Checkpoint
+from dataplane.models.fitted import Fitted
 from dataplane.models.pieces import Piece, Shape, whole
 from dataplane.models.structure import refused
-from dataplane.models.surgery import Fitted
 from dataplane.models.tensor_file import TensorReader
 
 Report = Callable[[str, float], None]
@@ -75,13 +75,13 @@ def _compute_buffers(model: PreTrainedModel) -> None:
                 raise refused(model, f"nothing computes the buffer {module_name}.{name}")
 
 
-def fill(fitted: Fitted, shapes: dict[str, Shape], source: Source, report: Report) -> None:
+def fill(fitted: Fitted, source: Source, report: Report) -> None:
     """Read every tensor of the state dict, piece by piece, then tie what is tied. Raises Rejected."""
     tensors = [(name, tensor) for name, tensor in _state(fitted.model) if name not in fitted.tied]
     total = sum(tensor.numel() for _, tensor in tensors) or 1
     done = 0
     for name, tensor in tensors:
-        pieces = fitted.layout.get(name) or whole(name, shapes[name])
+        pieces = _pieces(fitted, name, tensor)
         covered = sum(_values(piece) for piece in pieces)
         if covered < tensor.numel():
             tensor.zero_()
@@ -94,6 +94,10 @@ def fill(fitted: Fitted, shapes: dict[str, Shape], source: Source, report: Repor
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.state_dict(keep_vars=True).items()
+
+
+def _pieces(fitted: Fitted, name: str, tensor: Tensor) -> tuple[Piece, ...]:
+    return fitted.layout[name] if name in fitted.layout else whole(name, tensor.shape)
 
 
 def _values(piece: Piece) -> int:
@@ -127,7 +131,7 @@ def missing_tensors(fitted: Fitted, checkpoint: Checkpoint, aliases: dict[str, s
         piece.source
         for name, tensor in _state(fitted.model)
         if name not in fitted.tied
-        for piece in fitted.layout.get(name) or whole(name, tensor.shape)
+        for piece in _pieces(fitted, name, tensor)
     }
     return sorted(
         name for name in wanted if name not in checkpoint.regions and aliases.get(name) not in checkpoint.regions

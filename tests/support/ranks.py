@@ -116,7 +116,7 @@ def _serve(rank: int) -> None:
             value = getattr(importlib.import_module(module), name)(Ranks(rank, size, address), **arguments)
             answer = ("", value)
         # Supervision: what a job raises fails the test that asked, not the rank.
-        except Exception:
+        except Exception:  # noqa: BLE001
             answer = (traceback.format_exc(), None)
         answers.write(msgspec.json.encode(answer) + b"\n")
         answers.flush()

@@ -1,0 +1,98 @@
+"""What the ranks of the fitting tests do. Each function runs on every rank; see tests/support/ranks.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from controlplane.runtime.errors import PerdureError
+from controlplane.runtime.ids import DeploymentId
+from controlplane.runtime.messages.common import ReplicaSpec
+from dataplane.models.fit import FittedModel, load_model
+from dataplane.parallel.mesh import Mesh
+from dataplane.parallel.pipeline import StageLink
+from dataplane.parallel.split import SplitError
+from tests.support.attention import LENGTHS, REFERENCE, register
+from tests.support.ranks import Ranks
+
+CPU = torch.device("cpu")
+
+
+def load_on(mesh: Mesh, path: str, **fields: Any) -> FittedModel:
+    register()
+    spec = ReplicaSpec(deployment=DeploymentId("test"), model_path=path, **fields)
+    return load_model(spec, mesh, CPU, lambda stage, fraction: None, attention=REFERENCE)
+
+
+def logits(model: FittedModel, prompts: list[list[int]], lengths_T: Tensor | None = None) -> Tensor | None:
+    """Logits after each prompt, (N, V), gathered; None on all but the last stage."""
+    mesh = model.mesh
+    LENGTHS[:] = [len(item) for item in prompts]
+    tokens_T = torch.tensor([token for item in prompts for token in item])
+    positions_T = torch.cat([torch.arange(len(item)) for item in prompts])
+    rows_N = torch.tensor(LENGTHS).cumsum(0) - 1
+    link = StageLink(mesh.pipeline, model.config.hidden_size, model.dtype, CPU)
+    hidden_TH = None if mesh.is_first_stage else link.receive_hidden(len(tokens_T))
+    with torch.no_grad():
+        out = model.forward(tokens_T if mesh.is_first_stage else None, hidden_TH, positions_T, rows_N, lengths_T)
+    if not mesh.is_last_stage:
+        link.send_hidden(out)
+        link.drain()
+        return None
+    parts = mesh.tensor.all_gather(out.contiguous())
+    return parts.transpose(0, 1).reshape(len(prompts), -1)[:, : model.vocab_size]
+
+
+def differences(
+    ranks: Ranks, paths: list[str], wanted: str, prompts: list[list[int]], degrees: dict[str, int]
+) -> dict[str, Any]:
+    """By model: the largest difference to the logits in `wanted`, and the share of parameters held here."""
+    mesh = ranks.mesh(**degrees)
+    reference = torch.load(wanted, weights_only=True)
+    results: dict[str, Any] = {}
+    for path in paths:
+        model = load_on(mesh, path)
+        got = logits(model, prompts)
+        results[path] = {
+            "difference": None if got is None else float((got - reference[path]).abs().max()),
+            "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+            "layers": [layer.layer_idx for layer in model.attention],
+            "heads": [[layer.q_heads, layer.kv_heads] for layer in model.attention],
+        }
+    mesh.close()
+    return results
+
+
+def refusal(ranks: Ranks, path: str, degrees: dict[str, int]) -> str:
+    """Why the model cannot be cut so; "" if it can."""
+    mesh = ranks.mesh(**degrees)
+    try:
+        load_on(mesh, path)
+    except (PerdureError, SplitError) as error:
+        return str(error)
+    finally:
+        mesh.close()
+    return ""
+
+
+def read_from(ranks: Ranks, path: str, degrees: dict[str, int]) -> list[str]:
+    """Names of the stored tensors whose bytes this rank reads, by watching its reader."""
+    from dataplane.models.tensor_file import StoredTensor, TensorReader, list_tensors
+
+    names = {(stored.file, stored.offset): name for name, stored in list_tensors(Path(path)).items()}
+    seen: set[str] = set()
+    read = TensorReader.read
+
+    def watch(self: TensorReader, stored: StoredTensor, *arguments: Any) -> None:
+        seen.add(names[stored.file, stored.offset])
+        read(self, stored, *arguments)
+
+    TensorReader.read = watch  # type: ignore[method-assign]
+    try:
+        load_on(ranks.mesh(**degrees), path)
+    finally:
+        TensorReader.read = read  # type: ignore[method-assign]
+    return sorted(seen)
