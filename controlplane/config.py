@@ -138,7 +138,8 @@ class FaultToleranceSection(Section):
 
 class MonitoringSection(Section):
     enable: bool = True
-    # A port for /metrics alone, beside the gateway's own.
+    # First port for the worker daemons' /metrics, counted up on a host with several nodes. Gateways have theirs
+    # on their HTTP port.
     metrics_port: Port | None = None
     # The longest time between two looks at a worker's health; heartbeats must not be rarer.
     health_check_interval: Annotated[float, Field(gt=0)] | None = None
@@ -187,6 +188,13 @@ class ClusterConfig(Section):
             node.name or (node.host if hosts.count(node.host) == 1 else f"{node.host}-{hosts[:index].count(node.host)}")
             for index, node in enumerate(self.cluster.nodes)
         )
+
+    def metrics_ports(self) -> tuple[int | None, ...]:
+        """One port a node for its daemon's /metrics, in order; None where none is wanted."""
+        first, hosts = self.monitoring.metrics_port, [node.host for node in self.cluster.nodes]
+        if first is None or not self.monitoring.enable:
+            return (None,) * len(hosts)
+        return tuple(first + hosts[:index].count(host) for index, host in enumerate(hosts))
 
     def timings(self) -> Timings:
         """All times of the cluster, derived from failure_timeout and heartbeat_interval."""

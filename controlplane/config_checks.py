@@ -81,11 +81,12 @@ def _listeners(config: ClusterConfig) -> Iterator[tuple[Loc, str, int]]:
     for index, node in enumerate(config.cluster.nodes):
         for place, port in enumerate(node.ports):
             yield ("cluster", "nodes", index, "ports", place), node.host, port
+    for index, (node, port) in enumerate(zip(config.cluster.nodes, config.metrics_ports(), strict=True)):
+        if port is not None:
+            yield ("monitoring", "metrics_port", index), node.host, port
     for index, process in enumerate(config.cluster.controlplanes):
         yield ("cluster", "controlplanes", index, "port"), process.host, process.port
         yield ("cluster", "controlplanes", index, "http_port"), process.host, process.http_port
-        if config.monitoring.metrics_port is not None:
-            yield ("monitoring", "metrics_port"), process.host, config.monitoring.metrics_port
 
 
 def _etcd(config: ClusterConfig) -> Iterator[Finding]:

@@ -169,11 +169,16 @@ def plan_local(config: ClusterConfig, state: StateDir) -> ClusterPlan:
         etcd=None if config.cluster.etcd.endpoints else EtcdPlan(),
         controlplanes=tuple(controlplane_spec(process, state) for process in processes),
         workers=tuple(
-            worker_spec(str(node.name), ["--config", str(state.config)], state) for node in config.cluster.nodes
+            worker_spec(str(node.name), ["--config", str(state.config), *_metrics(port)], state)
+            for node, port in zip(config.cluster.nodes, config.metrics_ports(), strict=True)
         ),
         addresses=tuple(f"{reachable(process.host)}:{process.port}" for process in processes),
         urls=tuple(f"http://{reachable(process.host)}:{process.http_port}" for process in processes),
     )
+
+
+def _metrics(port: int | None) -> list[str]:
+    return [] if port is None else ["--metrics-port", str(port)]
 
 
 def controlplane_spec(process: ControlPlaneConfig, state: StateDir, advertised: str | None = None) -> ChildSpec:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from controlplane.runtime.errors import PerdureError
+from controlplane.runtime.telemetry import configure_logging
 from tools.up.banner import banner
 from tools.up.checks import CheckFailed
 from tools.up.cluster import LocalCluster
@@ -33,6 +34,8 @@ Planner = Callable[[StateDir, Display], Coroutine[None, None, ClusterPlan]]
 
 async def run_cluster(planner: Planner, state_dir: Path, ready_file: Path | None) -> None:
     """Check, prepare, start, serve until a signal, stop. Raises ConfigError or UpRefused."""
+    # What we do is shown as lines and bars; the daemons' own logs are in the state folder.
+    configure_logging(json_lines=False, level="error")
     state = StateDir(state_dir)
     display = display_for_stdout()
     stop = Stop()

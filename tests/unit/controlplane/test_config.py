@@ -169,6 +169,11 @@ def test_wrong_value_is_named_with_its_line(tmp_path: Path, text: str, expected:
             "cluster.yaml:4: cluster.nodes[1].ports[0]: a:7800 is already taken by cluster.nodes[0].ports[0]",
         ),
         (
+            "monitoring: {metrics_port: 7799}\ncluster:\n  nodes:\n    - {host: a, devices: [cpu:0]}\n"
+            "    - {host: a, ports: [7800], devices: [cpu:1]}\n",
+            "cluster.yaml:1: monitoring.metrics_port[1]: a:7800 is already taken by cluster.nodes[1].ports[0]",
+        ),
+        (
             "cluster:\n  controlplanes:\n    - {host: a, port: 8000, http_port: 8000}\n",
             "cluster.yaml:3: cluster.controlplanes[0].http_port: a:8000 is already taken by "
             "cluster.controlplanes[0].port",
