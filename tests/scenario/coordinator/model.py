@@ -7,6 +7,7 @@ answers next, whether a write succeeds, and when time passes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from controlplane.core.messages import (
@@ -95,6 +96,7 @@ from controlplane.runtime.messages.session import (
 )
 from controlplane.runtime.records import DeploymentRecord, NodeRecord, PlacementRecord
 from controlplane.runtime.timing import Timings, derive_timings
+from tests.scenario.coordinator.duties import Duties
 
 CLUSTER = ClusterId("c" * 32)
 TIMINGS = derive_timings()
@@ -195,6 +197,9 @@ class Cluster:
             limits=limits or Limits(),
             rng_seed=7,
         )
+        self.duties = Duties(Term(term))
+        # Sees every effect after the model took it.
+        self.watch: Callable[[Effect], None] = lambda effect: None
         self.workers: dict[NodeId, Worker] = {}
         self.gateways: dict[GatewayId, GatewayPeer] = {}
         self.keys: dict[NodeId, NodeRecord] = {}
@@ -210,10 +215,14 @@ class Cluster:
     # ------------------------------------------------------------ the core
 
     def step(self, event: Event) -> list[Effect]:
+        was_frozen = self.state.frozen
+        self.duties.before(event)
         effects = step(self.state, event, self.now)
         self.state.check()
+        self.duties.after(event, effects, frozen=was_frozen and self.state.frozen)
         for effect in effects:
             self._take(effect)
+            self.watch(effect)
         return effects
 
     def _take(self, effect: Effect) -> None:
@@ -240,7 +249,7 @@ class Cluster:
     def successor(self) -> Cluster:
         """Another control plane, just elected: the same etcd, the same peers without a session."""
         other = Cluster(term=self.state.term + 1, limits=self.state.limits, timings=self.timings)
-        other.now, other.leases = self.now, self.leases
+        other.now, other.leases, other.watch, other.etcd_up = self.now, self.leases, self.watch, True
         other.keys, other.placements, other.deployments = self.keys, self.placements, self.deployments
         for worker in self.workers.values():
             worker.connection, worker.session = None, SessionId(0)
@@ -393,6 +402,8 @@ class Cluster:
         match frame:
             case PrepareGroup():
                 devices = {m.device: m.rank for m in frame.members if m.node == worker.node}
+                holders = [name for name, held in worker.held.items() if held.devices.keys() & devices.keys()]
+                assert set(holders) <= {frame.replica}, f"{frame.replica} prepares on devices of {holders}"
                 worker.held[frame.replica] = Held(frame.epoch, ReplicaPhase.PREPARING, devices)
                 return self.group(worker, frame.replica, GroupPhase.PREPARED)
             case FormGroup():

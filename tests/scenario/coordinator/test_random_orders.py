@@ -1,0 +1,322 @@
+"""Random orders of everything that can happen, with the invariants and the ordering duties checked after each step.
+In the end the world is healed, and what is wanted must come to be."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from controlplane.core.entities import LeaderPhase, NodePhase
+from controlplane.core.messages import (
+    AdminAsked,
+    ApplyAsked,
+    AskId,
+    DrainAsked,
+    Effect,
+    LeaseHeard,
+    LeaseMuted,
+    SendGateway,
+    UndrainAsked,
+)
+from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, NodeId, ReplicaId, RequestId
+from controlplane.runtime.messages.common import ReplicaPhase
+from controlplane.runtime.messages.route import (
+    EndBatch,
+    EndEntry,
+    JournalInfo,
+    JournalPhase,
+    MoveRequests,
+    Outcome,
+    ReplicaClosed,
+    RouteBatch,
+    RouteCause,
+    RoutedBatch,
+)
+from tests.scenario.coordinator.model import Cluster, GatewayPeer, Worker, deployment, entry
+
+WORKERS = ("w1", "w2", "w3")
+DEVICES = 2
+TICKS_TO_HEAL = 80
+
+
+class Journals:
+    """A gateway's side: current attempt of each request and where it runs."""
+
+    def __init__(self) -> None:
+        self.attempts: dict[RequestId, Attempt] = {}
+        self.placed: dict[RequestId, tuple[ReplicaId, Epoch]] = {}
+        self.asking: dict[RequestId, RouteCause] = {}
+
+    def take(self, effect: Effect) -> None:
+        if not isinstance(effect, SendGateway):
+            return
+        match effect.body:
+            case RoutedBatch() as batch:
+                for routed in batch.routed:
+                    permit = routed.permit
+                    if self.attempts.get(permit.request) == permit.attempt:
+                        self.placed[permit.request] = (permit.replica, permit.epoch)
+                        self.asking.pop(permit.request, None)
+                for refused in batch.refused:
+                    if refused.retry_ms and refused.request in self.attempts:
+                        self.asking[refused.request] = RouteCause.NEW
+            case ReplicaClosed() as closed:
+                self._move((closed.replica, closed.epoch), RouteCause.LOST)
+            case MoveRequests() as move:
+                self._move((move.replica, move.epoch), RouteCause.PLANNED)
+            case _:
+                pass
+
+    def _move(self, key: tuple[ReplicaId, Epoch], cause: RouteCause) -> None:
+        for request in [request for request, at in self.placed.items() if at == key]:
+            del self.placed[request]
+            self.attempts[request] = Attempt(self.attempts[request] + 1)
+            self.asking[request] = cause
+
+    def inventory(self) -> tuple[JournalInfo, ...]:
+        return tuple(
+            JournalInfo(
+                phase=JournalPhase.RUNNING if request in self.placed else JournalPhase.ROUTING,
+                replica=self.placed.get(request, (ReplicaId(""), Epoch(0)))[0],
+                epoch=self.placed.get(request, (ReplicaId(""), Epoch(0)))[1],
+                entry=entry(request, attempt=attempt),
+            )
+            for request, attempt in self.attempts.items()
+        )
+
+
+class RandomOrders(RuleBasedStateMachine):
+    cluster: Cluster
+    gateway: GatewayPeer
+    journals: Journals
+
+    @initialize(replicas=st.integers(1, 3), tensor=st.integers(1, 2))
+    def start(self, replicas: int, tensor: int) -> None:
+        self.cluster = Cluster()
+        self.journals = Journals()
+        self.cluster.watch = self.journals.take
+        self.cluster.deployments[DeploymentId("m")] = deployment(replicas=replicas, tensor=tensor)
+        self.cluster.load()
+        self.requests = 0
+        self.gateway = self.cluster.add_gateway("g1")
+
+    # ------------------------------------------------------------ workers
+
+    def connected(self) -> list[Worker]:
+        return [worker for worker in self.cluster.workers.values() if worker.session and worker.connection is not None]
+
+    @rule(name=st.sampled_from(WORKERS))
+    def worker_comes(self, name: str) -> None:
+        known = self.cluster.workers.get(NodeId(name))
+        if known is None or not known.alive:
+            if NodeId(name) in self.cluster.keys:
+                return  # the name is taken until the lease of the dead one is gone
+            fresh = self.cluster.add_worker(name, DEVICES)
+            self.cluster.register(fresh)
+            self.cluster.attach(fresh)
+        elif known.connection is None and not known.stopped:
+            if known.node not in self.cluster.keys:
+                self.cluster.register(known)
+            self.cluster.attach(known)
+
+    @precondition(lambda self: self.connected())
+    @rule(data=st.data(), how=st.sampled_from(("die", "break", "stop", "go on", "hide")))
+    def worker_fails(self, data: st.DataObject, how: str) -> None:
+        worker = data.draw(st.sampled_from(self.connected()))
+        match how:
+            case "die":
+                self.cluster.kill(worker)
+            case "break":
+                self.cluster.break_stream(worker)
+            case "stop":
+                worker.stopped = True
+            case "go on":
+                worker.stopped = False
+            case _:
+                worker.refuses = not worker.refuses
+
+    @precondition(lambda self: any(worker.inbox and not worker.stopped for worker in self.connected()))
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def worker_answers(self, data: st.DataObject, count: int) -> None:
+        worker = data.draw(st.sampled_from([one for one in self.connected() if one.inbox and not one.stopped]))
+        for _ in range(count):
+            if worker.inbox and worker.connection is not None:
+                self.cluster.answer_next(worker)
+
+    @precondition(lambda self: any(worker.held for worker in self.connected()))
+    @rule(data=st.data())
+    def rank_exits(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from([one for one in self.connected() if one.held]))
+        held = data.draw(st.sampled_from(sorted(worker.held)))
+        device = data.draw(st.sampled_from(sorted(worker.held[held].devices)))
+        self.cluster.rank_exits(worker, device)
+
+    @precondition(lambda self: any(worker.down for worker in self.connected()))
+    @rule()
+    def rank_comes_up(self) -> None:
+        self.cluster.rank_comes_up(next(worker for worker in self.connected() if worker.down))
+
+    @precondition(lambda self: self.cluster.keys)
+    @rule(data=st.data())
+    def lease_expires(self, data: st.DataObject) -> None:
+        node = data.draw(st.sampled_from(sorted(self.cluster.keys)))
+        worker = self.cluster.workers[node]
+        self.cluster.lease_gone(node)
+        if worker.alive and not worker.stopped and data.draw(st.booleans()):
+            self.cluster.register(worker)
+
+    # ------------------------------------------------------------ etcd
+
+    @precondition(lambda self: self.cluster.writes)
+    @rule()
+    def etcd_answers(self) -> None:
+        self.cluster.write_next()
+
+    @precondition(lambda self: self.cluster.probes)
+    @rule()
+    def probe_ends(self) -> None:
+        self.cluster.probe_next()
+
+    @precondition(lambda self: self.cluster.revokes)
+    @rule()
+    def revoke_ends(self) -> None:
+        self.cluster.revoke_next()
+
+    @rule(up=st.booleans())
+    def etcd_goes(self, up: bool) -> None:
+        self.cluster.etcd_up = up
+        self.cluster.step(LeaseHeard() if up else LeaseMuted())
+
+    @rule(restored=st.booleans())
+    def watch_starts_over(self, restored: bool) -> None:
+        self.cluster.load(restored=restored)
+
+    # ------------------------------------------------------------ requests
+
+    @rule(count=st.integers(1, 6), n=st.integers(1, 3), priority=st.integers(-1, 1))
+    def requests_come(self, count: int, n: int, priority: int) -> None:
+        if self.gateway.connection is None:
+            return
+        fresh = [RequestId(f"r{self.requests + index}") for index in range(count)]
+        self.requests += count
+        self.journals.attempts.update({request: Attempt(1) for request in fresh})
+        entries = tuple(entry(request, n=n, priority=priority) for request in fresh)
+        self.cluster.tell(self.gateway, RouteBatch(entries=entries))
+
+    @rule()
+    def replays_come(self) -> None:
+        if self.gateway.connection is None or not self.journals.asking:
+            return
+        asking = dict(self.journals.asking)
+        self.journals.asking.clear()
+        entries = tuple(
+            entry(request, attempt=self.journals.attempts[request], cause=cause) for request, cause in asking.items()
+        )
+        self.cluster.tell(self.gateway, RouteBatch(entries=entries))
+
+    @precondition(lambda self: self.journals.attempts and self.gateway.connection is not None)
+    @rule(data=st.data())
+    def request_ends(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.journals.attempts)))
+        attempt = self.journals.attempts.pop(request)
+        self.journals.placed.pop(request, None)
+        self.journals.asking.pop(request, None)
+        ended = EndEntry(request=request, attempt=attempt, outcome=Outcome.FINISHED, tokens=3)
+        self.cluster.tell(self.gateway, EndBatch(entries=(ended,)))
+
+    @rule()
+    def gateway_stream_changes(self) -> None:
+        if self.gateway.connection is not None:
+            self.cluster.close_gateway(self.gateway)
+        else:
+            self.cluster.open_gateway(self.gateway, self.journals.inventory())
+
+    # ------------------------------------------------------------ operators, leaders, time
+
+    @rule(node=st.sampled_from(WORKERS), back=st.booleans())
+    def operator_drains(self, node: str, back: bool) -> None:
+        body = UndrainAsked(NodeId(node)) if back else DrainAsked(NodeId(node), 1000)
+        self.cluster.step(AdminAsked(AskId(1), body))
+
+    @rule(replicas=st.integers(0, 3), path=st.sampled_from(("/models/m", "/models/n")))
+    def operator_applies(self, replicas: int, path: str) -> None:
+        self.cluster.step(AdminAsked(AskId(2), ApplyAsked(deployment(replicas=replicas, path=path))))
+
+    @rule()
+    def leader_changes(self) -> None:
+        self.cluster = self.cluster.successor()
+        self.cluster.load()
+
+    @rule(count=st.integers(1, 4), late=st.booleans())
+    def time_passes(self, count: int, late: bool) -> None:
+        for _ in range(count):
+            self.cluster.tick()
+        if late:
+            self.cluster.tick(10.0)
+
+    # ------------------------------------------------------------ the end
+
+    def teardown(self) -> None:
+        """Heal everything; then every wanted replica comes up and every request runs."""
+        if not hasattr(self, "gateway"):
+            return
+        self._heal()
+        state = self.cluster.state
+        assert state.phase is LeaderPhase.LEADING
+        assert all(node.phase is NodePhase.LIVE for node in state.nodes.values()), state.nodes
+        wanted = state.deployments[DeploymentId("m")].record.replicas
+        phases = {name: replica.phase for name, replica in state.replicas.items()}
+        assert phases == {ReplicaId(f"m-{index}"): ReplicaPhase.READY for index in range(wanted)}
+        if wanted:
+            assert not state.deployments[DeploymentId("m")].queue
+            assert self.journals.placed.keys() == self.journals.attempts.keys()
+
+    def _heal(self) -> None:
+        cluster = self.cluster
+        cluster.etcd_up = True
+        cluster.step(LeaseHeard())
+        for name in WORKERS:
+            worker = cluster.workers.get(NodeId(name))
+            if worker is not None:
+                worker.stopped = worker.refuses = worker.draining = False
+            cluster.step(AdminAsked(AskId(3), UndrainAsked(NodeId(name))))
+        # fewer requests than all windows hold, so that each can run
+        for request in sorted(self.journals.attempts)[4:]:
+            del self.journals.attempts[request]
+            self.journals.placed.pop(request, None)
+            self.journals.asking.pop(request, None)
+        if self.gateway.connection is not None:
+            cluster.close_gateway(self.gateway)
+        for worker in cluster.workers.values():
+            worker.assigned = {name: at for name, at in worker.assigned.items() if name in self.journals.attempts}
+        for _ in range(TICKS_TO_HEAL):
+            self._heal_step()
+        asked = cluster.state.deployments[DeploymentId("m")].record
+        cluster.step(AdminAsked(AskId(4), ApplyAsked(asked)))
+        for _ in range(TICKS_TO_HEAL):
+            self._heal_step()
+
+    def _heal_step(self) -> None:
+        for name in WORKERS:
+            known = self.cluster.workers.get(NodeId(name))
+            if known is not None and not known.alive and known.node in self.cluster.keys:
+                self.cluster.lease_gone(known.node)
+            self.worker_comes(name)
+            if known is not None and known.alive and known.node not in self.cluster.keys:
+                self.cluster.register(known)
+        if self.gateway.connection is None:
+            self.cluster.open_gateway(self.gateway, self.journals.inventory())
+        self.replays_come()
+        self.cluster.settle()
+        self.cluster.tick()
+
+
+RandomOrders.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestRandomOrders = RandomOrders.TestCase
