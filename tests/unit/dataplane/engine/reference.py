@@ -1,0 +1,26 @@
+"""What transformers itself generates."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+@cache
+def reference_model(folder: Path) -> Any:
+    """The model in `folder`, float32, as its authors run it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
+    """The `count` tokens that greedy generation adds to `prompt`; no token ends it."""
+    ids = torch.tensor([prompt])
+    model = reference_model(folder)
+    model.generation_config.eos_token_id = None
+    # A mask of ones: a token that equals a padding id is a token like any other.
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return out[0, len(prompt) :].tolist()

@@ -1,0 +1,320 @@
+"""A real rank process, driven over its socket as its daemon does."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId
+from controlplane.runtime.messages.common import Member, ReasonKind, ReplicaSpec, Sampling
+from controlplane.runtime.messages.serve import FinishReason
+from controlplane.runtime.packing import pack_u32, unpack_u32
+from dataplane.frames import (
+    LENGTH_BYTES,
+    Abort,
+    Aborted,
+    Cancel,
+    DaemonFrame,
+    Exit,
+    Failed,
+    Finished,
+    Form,
+    Formed,
+    Hello,
+    Load,
+    Loaded,
+    LoadProgress,
+    LoadReport,
+    Prepare,
+    Prepared,
+    RankFrame,
+    SequenceId,
+    StepBegun,
+    StepDone,
+    Submission,
+    Submit,
+    decode_rank_frame,
+    encode,
+)
+from dataplane.progress import ProgressPage
+from tests.support.models import tiny_model
+from tests.unit.dataplane.engine.reference import greedy
+
+ANSWER_S = 60.0
+"""Bound on the wait for a frame."""
+
+SLACK_BYTES = 16 * 1024 * 1024
+"""Address space left for everything but large tensors."""
+
+PROMPT = [5, 17, 99, 300, 4, 4, 23, 8]
+
+F = TypeVar("F", bound=RankFrame)
+
+
+class Daemon:
+    """The daemon's side of one rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self.page = ProgressPage.create(folder / "page")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(folder / "rank.sock"))
+        listener.listen(1)
+        listener.settimeout(ANSWER_S)
+        code = "import sys; from dataplane.rank import rank_main; rank_main(*sys.argv[1:])"
+        arguments = (str(folder / "rank.sock"), "cpu:0", str(folder / "page"))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment)
+        self.socket, _ = listener.accept()
+        self.socket.settimeout(ANSWER_S)
+        self._stream = self.socket.makefile("rb")
+        listener.close()
+        self._epoch = 0
+        self._next_sequence = 0
+        self._last = -1
+
+    def send(self, frame: DaemonFrame) -> None:
+        self.socket.sendall(encode(frame))
+
+    def read(self) -> RankFrame:
+        length = int.from_bytes(self._stream.read(LENGTH_BYTES), "little")
+        return decode_rank_frame(self._stream.read(length))
+
+    def expect(self, kind: type[F]) -> F:
+        """The next frame, progress and load reports aside."""
+        while isinstance(frame := self.read(), LoadProgress | LoadReport):
+            pass
+        assert isinstance(frame, kind), frame
+        return frame
+
+    def prepare(self, spec: ReplicaSpec) -> Prepared:
+        self._epoch += 1
+        member = Member(rank=0, node=NodeId("n"), device="cpu:0", host="127.0.0.1")
+        self.send(Prepare(ReplicaId("r"), Epoch(self._epoch), 0, (member,), "nonce", spec, 2500))
+        return self.expect(Prepared)
+
+    def form(self) -> None:
+        self.send(Form(Epoch(self._epoch), "", 1000))
+        assert self.expect(Formed).epoch == self._epoch
+
+    def load(self) -> tuple[Loaded, list[str]]:
+        """The answer, and the stages that were reported."""
+        self.send(Load(Epoch(self._epoch)))
+        stages: list[str] = []
+        while isinstance(frame := self.read(), LoadProgress):
+            stages.append(frame.stage)
+        assert isinstance(frame, Loaded), frame
+        return frame, stages
+
+    def serve(self, spec: ReplicaSpec) -> Loaded:
+        self.prepare(spec)
+        self.form()
+        return self.load()[0]
+
+    def submit(self, sampling: Sampling, prompt: list[int] = PROMPT, delivered: list[int] | None = None) -> SequenceId:
+        self._next_sequence += 1
+        sequence = SequenceId(self._next_sequence)
+        body = pack_u32(prompt), pack_u32(delivered or [])
+        self.send(Submit((Submission(sequence, *body, sampling, 0, "", True, False, 0),)))
+        return sequence
+
+    def finish(self, sequence: SequenceId) -> tuple[list[int], Finished]:
+        """All tokens of a sequence, checked to come once and in order after its first index, and its end."""
+        tokens: list[int] = []
+        while True:
+            done = self.steps()
+            rows = zip(unpack_u32(done.sequences), unpack_u32(done.first_index), unpack_u32(done.tokens), strict=True)
+            for owner, index, token in rows:
+                if owner == sequence:
+                    assert not tokens or index == self._last + 1
+                    self._last = index
+                    tokens.append(token)
+            for finished in done.finished:
+                if finished.sequence == sequence:
+                    return tokens, finished
+
+    def steps(self) -> StepDone:
+        """The next finished step."""
+        while isinstance(frame := self.read(), StepBegun | LoadReport):
+            pass
+        assert isinstance(frame, StepDone), frame
+        return frame
+
+    def leave(self) -> None:
+        self.send(Abort(Epoch(self._epoch)))
+        while not isinstance(frame := self.read(), Aborted):
+            assert isinstance(frame, StepBegun | StepDone | LoadReport), frame
+        assert frame.epoch == self._epoch
+
+    def close(self) -> None:
+        self._stream.close()
+        self.socket.close()
+        if self.process.poll() is None:
+            self.process.wait(ANSWER_S)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models"), "llama")
+
+
+@pytest.fixture(scope="module")
+def spec(model: Path) -> ReplicaSpec:
+    return ReplicaSpec(deployment=DeploymentId("d"), model_path=str(model), kv_cache_tokens=2048, cpu_threads=1)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    daemon = Daemon(tmp_path_factory.mktemp("rank"))
+    hello = daemon.expect(Hello)
+    assert (hello.pid, hello.device) == (daemon.process.pid, "cpu:0")
+    yield daemon
+    daemon.close()
+
+
+@pytest.fixture
+def daemon(process: Daemon, spec: ReplicaSpec) -> Iterator[Daemon]:
+    """A rank that serves."""
+    process.serve(spec)
+    yield process
+    process.leave()
+
+
+def test_tokens_are_those_of_transformers(daemon: Daemon, model: Path) -> None:
+    first = daemon.submit(Sampling(temperature=0, max_tokens=20, ignore_eos=True))
+    tokens, finished = daemon.finish(first)
+    assert tokens == greedy(model, PROMPT, 20)
+    assert finished.reason is FinishReason.LENGTH
+
+
+def test_step_is_announced_before_its_tokens(daemon: Daemon) -> None:
+    sequence = daemon.submit(Sampling(temperature=0, max_tokens=1))
+    begun = daemon.expect(StepBegun)
+    done = daemon.expect(StepDone)
+    assert begun.step == done.step
+    assert list(unpack_u32(begun.sequences)) == [sequence] == list(unpack_u32(done.sequences))
+    assert daemon.page.step == 0
+    assert daemon.page.progress > 0
+
+
+def test_replay_goes_on_where_the_delivered_tokens_end(daemon: Daemon) -> None:
+    sampling = Sampling(temperature=1.1, seed=99, max_tokens=24, ignore_eos=True)
+    whole, _ = daemon.finish(daemon.submit(sampling))
+    for cut in (1, 9, 23):
+        daemon._last = cut - 1
+        rest, _ = daemon.finish(daemon.submit(sampling, delivered=whole[:cut]))
+        assert rest == whole[cut:]
+
+
+def test_cancelled_sequence_ends_at_once(daemon: Daemon) -> None:
+    sequence = daemon.submit(Sampling(temperature=0, max_tokens=400, ignore_eos=True))
+    daemon.steps()
+    daemon.send(Cancel((sequence,)))
+    tokens, finished = daemon.finish(sequence)
+    assert finished.reason is FinishReason.CANCELLED
+    assert len(tokens) < 400
+
+
+def test_load_report_tells_of_admission(daemon: Daemon) -> None:
+    sequence = daemon.submit(Sampling(temperature=0, max_tokens=2))
+    while not isinstance(report := daemon.read(), LoadReport) or not report.admitted:
+        pass
+    assert [item.sequence for item in report.admitted] == [sequence]
+
+
+def test_too_long_prompt_ends_with_a_reason(daemon: Daemon) -> None:
+    tokens, finished = daemon.finish(daemon.submit(Sampling(), prompt=[3] * 600))
+    assert not tokens
+    assert finished.reason is FinishReason.ERROR
+    assert finished.error is not None
+    assert finished.error.kind is ReasonKind.INVALID
+    assert "600 tokens" in finished.error.text
+
+
+def test_weights_stay_for_the_next_epoch(process: Daemon, spec: ReplicaSpec) -> None:
+    loaded = process.serve(spec)
+    process.leave()
+    prepared = process.prepare(replace(spec, deployment=DeploymentId("another")))
+    assert prepared.weights == loaded.weights != ""
+    process.form()
+    again, stages = process.load()
+    assert again == replace_epoch(loaded, again.epoch)
+    assert stages == []
+    process.leave()
+
+
+def test_other_cache_keeps_the_weights(process: Daemon, spec: ReplicaSpec) -> None:
+    process.serve(spec)
+    process.leave()
+    process.prepare(replace(spec, kv_cache_tokens=1024))
+    process.form()
+    loaded, stages = process.load()
+    assert loaded.capacity.total_blocks == 64
+    assert "weights" not in stages
+    process.leave()
+
+
+def test_failed_load_is_told_and_survived(process: Daemon, spec: ReplicaSpec, tmp_path: Path) -> None:
+    process.prepare(replace(spec, model_path=str(tmp_path)))
+    process.form()
+    process.send(Load(Epoch(process._epoch)))
+    failed = process.expect(Failed)
+    assert failed.during == "load"
+    assert "config.json" in failed.reason.text
+    assert process.serve(spec).capacity.total_blocks == 128
+    process.leave()
+
+
+def test_step_out_of_memory_is_told_and_survived(process: Daemon, tmp_path: Path) -> None:
+    """The logits of a whole prompt over a large vocabulary are more than the process may take."""
+    wide = ReplicaSpec(
+        deployment=DeploymentId("d"),
+        model_path=str(tiny_model(tmp_path, "llama", vocab_size=40_000)),
+        kv_cache_tokens=1024,
+        cpu_threads=1,
+    )
+    process.serve(wide)
+    pid = process.process.pid
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize() + SLACK_BYTES, before[1]))
+    try:
+        process.submit(Sampling(temperature=0, max_tokens=1, prompt_logprobs=0), prompt=list(range(400)))
+        while not isinstance(frame := process.read(), Failed):
+            assert isinstance(frame, StepBegun | StepDone | LoadReport)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_AS, before)
+    assert frame.during == "step"
+    assert frame.reason.kind is ReasonKind.OUT_OF_MEMORY
+    process.serve(wide)
+    tokens, _ = process.finish(process.submit(Sampling(temperature=0, max_tokens=3, ignore_eos=True)))
+    assert len(tokens) == 3
+    process.leave()
+
+
+def test_rank_leaves_when_told_or_when_its_daemon_is_gone(tmp_path: Path) -> None:
+    told, orphaned = (Daemon(_folder(tmp_path, name)) for name in ("told", "orphaned"))
+    told.send(Exit())
+    assert told.process.wait(ANSWER_S) == 0
+    orphaned.socket.shutdown(socket.SHUT_RDWR)
+    assert orphaned.process.wait(ANSWER_S) == 0
+    told.close()
+    orphaned.close()
+
+
+def replace_epoch(loaded: Loaded, epoch: Epoch) -> Loaded:
+    return Loaded(epoch, loaded.capacity, loaded.weights)
+
+
+def _folder(parent: Path, name: str) -> Path:
+    folder = parent / name
+    folder.mkdir()
+    return folder
