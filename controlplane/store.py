@@ -81,6 +81,9 @@ class Guard(Protocol):
     @property
     def leader_value(self) -> bytes | None: ...
 
+    @property
+    def trusted(self) -> bool: ...
+
     def doubt(self) -> None: ...
 
 
@@ -100,6 +103,7 @@ class Store:
         self._clock = clock
         self._random = random
         self._timeout = timings.session_silence
+        self._retry_ms = round(timings.reconnect_max * 1000)
 
     async def ensure_cluster(self, timing: TimingSpec) -> ClusterRecord:
         """The cluster's record, written now if there is none. What stands there wins; a differing timing is reported.
@@ -135,7 +139,7 @@ class Store:
             written = await self._write(Put(key, to_json(record)), mod_revision_is(key, revision))
             if written is not None:
                 return written
-        raise EtcdUnavailable(f"{key} changes too fast to be written", round(self._timings.reconnect_max * 1000))
+        raise EtcdUnavailable(f"{key} changes too fast to be written", self._retry_ms)
 
     async def delete_placement(self, replica: ReplicaId) -> bool:
         """False: this process no longer leads. Deleting what is not there succeeds."""
@@ -146,7 +150,10 @@ class Store:
         return await self._write(Put(self._keys.deployment(record.deployment), to_json(record))) is True
 
     async def revoke_lease(self, lease: int) -> None:
-        """End a lease and delete its keys. One that is gone already counts as revoked."""
+        """End a lease and delete its keys. One that is gone already counts as revoked. etcd cannot guard this by the
+        leader key: a leader whose own lease is not fresh is refused here, as if etcd were away."""
+        if not self._guard.trusted:
+            raise EtcdUnavailable("our own lease may be over: nothing is revoked", self._retry_ms)
         await _served(self._client.lease_revoke(lease, timeout=self._timeout))
 
     async def _get(self, key: str) -> KeyValue | None:

@@ -136,18 +136,15 @@ class EtcdClient:
     async def alarms(self, *, timeout: float) -> tuple[EtcdAlarm, ...]:
         return await self._call(lambda rpc, call: rpc.alarms(call), timeout)
 
-    async def stream_target(self, *, timeout: float) -> tuple[EtcdRpc, CallOptions]:
-        """Endpoint and metadata for a stream; the caller reports its failure with `stream_failed`."""
-        index = self._current
-        if not self._token and self._options.user:
-            await self._authenticate(self._rpcs[index], self._clock.now() + timeout)
+    def stream_target(self) -> tuple[EtcdRpc, CallOptions]:
+        """Endpoint and metadata for a stream, good after a call that was answered: that one refreshed the token. The
+        stream's failure is to be told to `stream_failed`."""
         # hasleader: a member cut off from the others ends the stream instead of staying silent.
         metadata = (*self._metadata(), ("hasleader", "true"))
-        return self._rpcs[index], CallOptions(metadata, None)
+        return self._rpcs[self._current], CallOptions(metadata, None)
 
     def stream_failed(self, rpc: EtcdRpc, why: grpc.aio.AioRpcError | str) -> PerdureError:
         """Move on from `rpc`'s endpoint. The error to raise."""
-        self._token = ""
         self._move_on(self._rpcs.index(rpc))
         if isinstance(why, str):
             return EtcdUnavailable(f"etcd at {rpc.address}: {why}", self._retry_ms)

@@ -180,13 +180,11 @@ class WatchStream:
     async def create(self, start: bytes, end: bytes, revision: int) -> None:
         """Watch [start, end) from `revision` on."""
         request = pb.WatchCreateRequest(key=start, range_end=end, start_revision=revision, progress_notify=True)
-        await self._call.write(pb.WatchRequest(create_request=request))
+        await self._write(pb.WatchRequest(create_request=request))
 
     async def ask_progress(self) -> None:
         """Ask for an answer that carries the store's revision even if nothing changed."""
-        # A call that has ended says why when read.
-        with suppress(asyncio.InvalidStateError):
-            await self._call.write(pb.WatchRequest(progress_request={}))
+        await self._write(pb.WatchRequest(progress_request={}))
 
     async def read(self) -> WatchMessage:
         """The next answer. An ended stream reads as a cancelled watch."""
@@ -206,6 +204,11 @@ class WatchStream:
 
     def cancel(self) -> None:
         self._call.cancel()
+
+    async def _write(self, request: Any) -> None:
+        # A call that has ended says why when it is read.
+        with suppress(asyncio.InvalidStateError):
+            await self._call.write(request)
 
 
 def _key_value(item: Any) -> KeyValue:

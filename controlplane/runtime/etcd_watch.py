@@ -34,8 +34,7 @@ Change = tuple[str, KeyValue | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchBatch:
-    """What changed, oldest first. The first batch brings every key; so do no later ones, but each that follows a lost
-    connection has the whole prefix in `content` beside its changes."""
+    """What changed, oldest first: at first every key, after a lost connection whatever differs from before."""
 
     revision: int
     changes: tuple[Change, ...]
@@ -89,7 +88,7 @@ class PrefixWatch:
 
     async def _follow(self) -> AsyncGenerator[WatchBatch]:
         """Changes after the last read. Raises one of ETCD_ERRORS when the watch is of no more use."""
-        rpc, call = await self._client.stream_target(timeout=self._timings.session_silence)
+        rpc, call = self._client.stream_target()
         stream = rpc.watch(call)
         try:
             await self._begin(stream, rpc)
@@ -124,7 +123,9 @@ class PrefixWatch:
                 await self._answered(asyncio.wait({reading}), patience, rpc)
             message = reading.result()
         finally:
-            reading.cancel()
+            if not reading.cancel() and not reading.cancelled():
+                # Looked at even if a write failed first.
+                reading.exception()
         if message.cancelled is not None:
             raise self._client.stream_failed(rpc, f"watch ended ({message.cancelled})")
         return message

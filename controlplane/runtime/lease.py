@@ -120,7 +120,8 @@ class LeaseKeeper:
                     await self.close()
                     raise
             await self._clock.sleep(self._timings.keepalive_period)
-            await self._keepalive(self._timings.keepalive_deadline)
+            if await self._keepalive(self._timings.keepalive_deadline) == 0:
+                await self._grant()
 
     async def run(self) -> None:
         """Renew for ever. Raises nothing that etcd causes."""
@@ -144,22 +145,32 @@ class LeaseKeeper:
         """One attempt at what is due. Seconds until the next."""
         self._check_trust()
         try:
-            if not self._lease:
-                return await self._re_register()
-            ttl = await self._keepalive(self._patience())
-            if ttl == 0:
-                self._lost()
-                return await self._re_register()
-            if self._doubted:
-                await self._check_key()
+            await self._keep()
         except (*ETCD_ERRORS, EtcdLeaseGone) as error:
             log.debug("lease_not_renewed", lease=self._lease, reason=error.reason.text)
             # It may come back restored from a snapshot, with the lease but without the key.
             self._doubted = True
             self._check_trust()
             return self._backoff.next()
+        except Rejected as refusal:
+            # A lease without its key serves nobody.
+            await self.close()
+            self._emit(LeaseEventKind.REFUSED, refusal.reason)
+            return self._timings.lease_ttl
         self._backoff.reset()
         return self._timings.keepalive_period
+
+    async def _keep(self) -> None:
+        """Renew the lease, or take a new one if it is gone; put the key where it is missing."""
+        if self._lease and await self._keepalive(self._patience()) == 0:
+            self._lost()
+        if not self._lease:
+            await self._grant()
+            self._doubted = True
+        if self._doubted:
+            if await self._register(self._lease):
+                self._emit(LeaseEventKind.RELET)
+            self._doubted = False
 
     def _patience(self) -> float:
         """Deadline of a renewal: it must not hide the moment when trust ends."""
@@ -193,28 +204,6 @@ class LeaseKeeper:
         self._trusted_until = NEVER
         self._muted = False
         self._emit(LeaseEventKind.GONE)
-
-    async def _check_key(self) -> None:
-        if await self._register(self._lease):
-            self._emit(LeaseEventKind.RELET)
-        self._doubted = False
-
-    async def _re_register(self) -> float:
-        """A new lease and the key under it. Seconds until the next turn."""
-        try:
-            await self._grant()
-            await self._register(self._lease)
-        except ETCD_ERRORS:
-            # A lease without its key serves nobody.
-            await self.close()
-            raise
-        except Rejected as refusal:
-            await self.close()
-            self._emit(LeaseEventKind.REFUSED, refusal.reason)
-            return self._timings.lease_ttl
-        self._doubted = False
-        self._emit(LeaseEventKind.RELET)
-        return self._timings.keepalive_period
 
     async def _grant(self) -> None:
         sent = self._clock.now()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
+from random import Random
 
 import pytest
 import trustme
@@ -26,6 +28,7 @@ from controlplane.runtime.etcd_types import (
     value_is,
     version_is,
 )
+from controlplane.runtime.etcd_watch import PrefixWatch
 from controlplane.runtime.keys import Keys
 from tests.support.cluster import eventually
 from tests.support.etcd import CLOCK, TIMINGS, client_of, etcdctl, stopped
@@ -183,6 +186,13 @@ async def test_users_and_passwords(guarded: EtcdChild, keys: Keys) -> None:
     item = await root.get(keys.term, timeout=T)
     assert item is not None
     assert item.value == b"1"
+
+    watch = PrefixWatch(root, keys.prefix, TIMINGS, CLOCK, Random(0))
+    async with aclosing(watch.batches()) as batches:
+        assert [change for change, _ in (await anext(batches)).changes] == [keys.term]
+        await guarded.stop()
+        await guarded.start()
+        assert (await anext(batches)).content is not None
 
     etcdctl(guarded, "--user=root:secret", "user", "add", "guest", "--new-user-password=secret")
     guest = as_user("guest", "secret")

@@ -259,5 +259,22 @@ async def test_a_name_lost_while_running_is_asked_for_until_it_is_free(client: E
     await first.keeper.close()
 
 
+async def test_a_name_taken_under_a_living_lease_is_asked_for_too(client: EtcdClient, keys: Keys) -> None:
+    """As a restore may leave it: our lease in the snapshot, another's key under our name."""
+    first = Worker(client, keys)
+    await first.keeper.start()
+    async with running(first.keeper.run()):
+        usurper = await client.lease_grant(60, timeout=T)
+        other = to_json(node_record(boot_id="another machine", serve_address="other:1")(usurper.id))
+        await client.put(keys.node(NODE), other, lease=usurper.id, timeout=T)
+        first.keeper.relet()
+        await first.saw(REFUSED)
+        assert not first.keeper.trusted
+        await client.lease_revoke(usurper.id, timeout=T)
+        await first.saw(RELET)
+        assert await stored(client, keys) == first.record(first.keeper.lease)
+    await first.keeper.close()
+
+
 def test_the_timings_of_these_tests_are_those_of_a_sound_order() -> None:
     assert derive_timings(2.0, 0.25) == TIMINGS

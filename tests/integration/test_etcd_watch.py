@@ -172,6 +172,15 @@ async def test_a_silent_member_is_left_for_another(etcd_members: list[EtcdChild]
                 assert client.endpoint != silent.endpoint
 
 
+async def test_a_member_cut_off_from_the_others_is_no_good_watch(etcd_members: list[EtcdChild], keys: Keys) -> None:
+    lonely, *others = etcd_members
+    async with client_of(lonely.endpoint) as client, watching(client, keys) as watcher:
+        with stopped(others[0]), stopped(others[1]):
+            await eventually("the watch is given up", lambda: not watcher.watch.connected)
+        await eventually("a change is written", lambda: _put(client, keys))
+        await watcher.holds(a=b"1")
+
+
 async def _put(client: EtcdClient, keys: Keys) -> bool:
     """False while the other two elect."""
     try:

@@ -63,6 +63,7 @@ class Leadership:
     """The guard of a process that leads, as far as it knows."""
 
     leader_value: bytes | None
+    trusted: bool = True
     doubts: int = 0
 
     def doubt(self) -> None:
@@ -169,6 +170,16 @@ async def test_revoking_a_lease_twice_is_done_once(client: EtcdClient, keys: Key
     await store.revoke_lease(lease.id)
     await store.revoke_lease(lease.id)
     assert (await store.load()).nodes == {}
+
+
+async def test_a_leader_that_does_not_trust_its_lease_revokes_nobody(
+    client: EtcdClient, keys: Keys, leader: Leadership
+) -> None:
+    lease = await client.lease_grant(60, timeout=T)
+    leader.trusted = False
+    with pytest.raises(EtcdUnavailable, match="nothing is revoked"):
+        await store_of(client, keys, leader).revoke_lease(lease.id)
+    assert await client.lease_remaining(lease.id, timeout=T) > 0
 
 
 async def test_etcd_away_is_unavailable_for_every_call(own: EtcdChild, keys: Keys) -> None:
