@@ -81,7 +81,9 @@ def open_checkpoint(folder: Path, model: PreTrainedModel, shapes: dict[str, Shap
     names: dict[str, list[str]] = defaultdict(list)
     tensors = list_tensors(folder)
     for key in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+        # The text model of a multimodal checkpoint lies under this prefix.
+        text_key = key.replace("language_model.", "", 1)
+        name, pattern = rename_source_key(text_key, renamings, converters, model.base_model_prefix, shapes)
         found[name][pattern].append(tensors[key])
         names[name].append(key)
     regions: dict[str, tuple[Region, ...]] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from controlplane.runtime.errors import invalid
 from controlplane.runtime.messages.common import ReplicaSpec
 from dataplane.models.checkpoint import open_checkpoint
+from dataplane.models.demo import resolve_model
 from dataplane.models.dry_run import DRY_ATTENTION, AttentionLayer, dry_run
 from dataplane.models.fitted import Fitted
 from dataplane.models.rotary import Rotary
@@ -27,8 +28,10 @@ from dataplane.models.structure import attention_modules, decoder_of, refused, s
 from dataplane.models.surgery import fit
 from dataplane.models.tensor_file import TensorReader
 from dataplane.models.weights import Report, check_complete, dummy_source, file_source, fill, materialise
+from dataplane.parallel import expert, tensor
 from dataplane.parallel.expert import EXPERTS_IMPLEMENTATION
 from dataplane.parallel.mesh import Mesh
+from dataplane.parallel.split import cut_padded
 
 ATTENTION = "perdure"
 """Name under which the engine registers its attention function."""
@@ -46,6 +49,10 @@ class FittedModel:
     dtype: torch.dtype
     attention: tuple[AttentionLayer, ...]
     vocab_size: int
+    # This rank's rows of the head: [vocab_start, vocab_start + vocab_count) of the vocabulary. What lies behind them in
+    # a logits row is padding.
+    vocab_start: int
+    vocab_count: int
     # Longest prompt and answer together, in tokens.
     max_model_tokens: int
     eos_ids: frozenset[int]
@@ -78,6 +85,16 @@ class FittedModel:
             return self.module(**inputs, logits_to_keep=rows_N).logits[0]
         return decoder_of(self.module)(**inputs).last_hidden_state[0]
 
+    def attach(self, mesh: Mesh) -> FittedModel:
+        """The same weights in a new epoch: every exchange goes over the groups of `mesh` from now on.
+
+        For the same place in a mesh of the same degrees; `fingerprint` tells.
+        """
+        assert _place(mesh) == _place(self.mesh), "the weights belong to another place"
+        tensor.regroup(self.module, mesh.tensor)
+        expert.regroup(self.module, mesh.tensor)
+        return replace(self, mesh=mesh)
+
 
 def _inputs(tokens_T: Tensor | None, hidden_TH: Tensor | None, positions_T: Tensor) -> dict[str, Any]:
     first = {"input_ids": tokens_T[None]} if tokens_T is not None else {"inputs_embeds": _one(hidden_TH)}
@@ -99,7 +116,7 @@ def load_model(
     Rejected for models that cannot be served, with the reason.
     """
     report("config", 0.0)
-    folder = Path(spec.model_path)
+    folder = resolve_model(spec.model_path, report)
     config = read_config(folder, spec.trust_remote_code)
     dtype = choose_dtype(spec.dtype, config)
     whole = build_on_meta(config, dtype, spec.trust_remote_code)
@@ -120,12 +137,15 @@ def load_model(
             source = file_source(checkpoint, reader, aliases)
         fill(fitted, source, report)
     limit = int(config.max_position_embeddings)
+    vocabulary = cut_padded(int(config.vocab_size), mesh.tensor.size, mesh.tensor.index)
     return FittedModel(
         module=whole.eval(),
         config=config,
         dtype=dtype,
         attention=layers,
         vocab_size=int(config.vocab_size),
+        vocab_start=vocabulary[0],
+        vocab_count=vocabulary[1] - vocabulary[0],
         max_model_tokens=min(spec.max_model_tokens or limit, limit),
         eos_ids=read_eos_ids(folder, config),
         weights=fingerprint(spec, mesh),
@@ -217,11 +237,17 @@ def read_eos_ids(folder: Path, config: Any) -> frozenset[int]:
 
 def fingerprint(spec: ReplicaSpec, mesh: Mesh) -> str:
     """Identifies what a rank holds after loading, without reading weights: equal means nothing to load."""
-    folder = Path(spec.model_path).resolve()
-    files = sorted(path for path in folder.glob("*") if path.suffix in {".json", ".safetensors"})
-    facts = [str(folder), spec.dtype, spec.load_format, str(mesh.degrees), str(mesh.rank)]
-    facts += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    path = Path(spec.model_path).resolve()
+    files = sorted(item for item in path.glob("*") if item.suffix in {".json", ".safetensors"})
+    files = [path] if path.is_file() else files
+    facts = [str(path), spec.dtype, spec.load_format, str(_place(mesh))]
+    facts += [f"{item.name} {item.stat().st_size} {item.stat().st_mtime_ns}" for item in files]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
+
+
+def _place(mesh: Mesh) -> tuple[int, ...]:
+    """What decides which part of a model a rank holds."""
+    return mesh.degrees.tensor, mesh.degrees.pipeline, mesh.degrees.expert, mesh.tensor.index, mesh.stage
 
 
 def assert_attention_reached(model: FittedModel, step: Callable[[], object], attention: str = ATTENTION) -> None:

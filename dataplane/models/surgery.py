@@ -17,12 +17,22 @@ from dataplane.models.fitted import Fitted
 from dataplane.models.rotary import is_rotary, replace_rotary
 from dataplane.models.structure import attention_modules, expert_modules, layers_of, refused
 from dataplane.parallel.mesh import Mesh
+from dataplane.parallel.split import SplitError
 from dataplane.parallel.tensor import Linear
 
 
 def fit(model: PreTrainedModel, mesh: Mesh) -> Fitted:
-    """Cut `model` (whole, on meta) down to this rank's part. Raises Rejected, SplitError."""
+    """Cut `model` (whole, on meta) down to this rank's part. Raises Rejected, with the numbers that do not fit."""
     fitted = Fitted(model, mesh)
+    try:
+        _cut(fitted)
+    except SplitError as error:
+        raise refused(model, str(error)) from error
+    return fitted
+
+
+def _cut(fitted: Fitted) -> None:
+    model = fitted.model
     _fit_rotary(fitted)
     fit_stage(fitted)
     with torch.device("meta"):
@@ -35,7 +45,6 @@ def fit(model: PreTrainedModel, mesh: Mesh) -> Fitted:
                 fit_feed_forward(fitted, path)
         fit_vocabulary(fitted)
         _fit_the_rest(fitted)
-    return fitted
 
 
 def _fit_rotary(fitted: Fitted) -> None:

@@ -11,7 +11,7 @@ expert's (O, I) view of the stacked weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,14 @@ class ExpertShard:
     first: int
     count: int
     group: Group
+
+
+def regroup(model: nn.Module, group: Group) -> None:
+    """Let the experts of a fitted model combine over `group`, of the same ranks in a new epoch."""
+    for module in model.modules():
+        shard = getattr(module, "perdure_experts", None)
+        if shard is not None:
+            module.perdure_experts = replace(shard, group=group)  # type: ignore[assignment]
 
 
 def experts_forward(module: nn.Module, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class StageLink:
         if last == 0 or self._group.index not in (0, last):
             return torch.empty(0, dtype=torch.int64) if tokens_N is None else tokens_N
         if self._group.index == last:
-            assert tokens_N is not None and len(tokens_N) == rows
+            assert tokens_N is not None
+            assert len(tokens_N) == rows
             self._under_way.append(self._group.send(tokens_N, 0))
             return tokens_N
         return self._group.receive(torch.empty(rows, dtype=torch.int64, device=self._device), last)

@@ -146,6 +146,13 @@ class FullWidthNorm(nn.Module):
         return self.arithmetic(x32 * torch.rsqrt(squares / self.width + self.epsilon), self.weight, x.dtype)
 
 
+def regroup(model: nn.Module, group: Group) -> None:
+    """Let every module of a fitted model exchange over `group`, of the same ranks in a new epoch."""
+    for module in model.modules():
+        if isinstance(module, RowParallelLinear | VocabParallelEmbedding | FullWidthNorm):
+            module.group = group
+
+
 NormArithmetic = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 """(normalised float32 x, weight, result type) -> scaled x."""
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from controlplane.runtime.errors import PerdureError
 from controlplane.runtime.ids import DeploymentId
 from controlplane.runtime.messages.common import ReplicaSpec
 from dataplane.models.fit import FittedModel, load_model
+from dataplane.models.tensor_file import StoredTensor, TensorReader, list_tensors
 from dataplane.parallel.mesh import Mesh
 from dataplane.parallel.pipeline import StageLink
-from dataplane.parallel.split import SplitError
 from tests.support.attention import LENGTHS, REFERENCE, register
 from tests.support.ranks import Ranks
 
@@ -47,14 +47,14 @@ def logits(model: FittedModel, prompts: list[list[int]], lengths_T: Tensor | Non
 
 
 def differences(
-    ranks: Ranks, paths: list[str], wanted: str, prompts: list[list[int]], degrees: dict[str, int]
+    ranks: Ranks, paths: list[str], wanted: str, prompts: list[list[int]], degrees: dict[str, int], **fields: Any
 ) -> dict[str, Any]:
     """By model: the largest difference to the logits in `wanted`, and the share of parameters held here."""
     mesh = ranks.mesh(**degrees)
     reference = torch.load(wanted, weights_only=True)
     results: dict[str, Any] = {}
     for path in paths:
-        model = load_on(mesh, path)
+        model = load_on(mesh, path, **fields)
         got = logits(model, prompts)
         results[path] = {
             "difference": None if got is None else float((got - reference[path]).abs().max()),
@@ -66,22 +66,8 @@ def differences(
     return results
 
 
-def refusal(ranks: Ranks, path: str, degrees: dict[str, int]) -> str:
-    """Why the model cannot be cut so; "" if it can."""
-    mesh = ranks.mesh(**degrees)
-    try:
-        load_on(mesh, path)
-    except (PerdureError, SplitError) as error:
-        return str(error)
-    finally:
-        mesh.close()
-    return ""
-
-
 def read_from(ranks: Ranks, path: str, degrees: dict[str, int]) -> list[str]:
     """Names of the stored tensors whose bytes this rank reads, by watching its reader."""
-    from dataplane.models.tensor_file import StoredTensor, TensorReader, list_tensors
-
     names = {(stored.file, stored.offset): name for name, stored in list_tensors(Path(path)).items()}
     seen: set[str] = set()
     read = TensorReader.read
@@ -96,3 +82,34 @@ def read_from(ranks: Ranks, path: str, degrees: dict[str, int]) -> list[str]:
     finally:
         TensorReader.read = read  # type: ignore[method-assign]
     return sorted(seen)
+
+
+def peak_bytes(ranks: Ranks, path: str, degrees: dict[str, int]) -> int:
+    """How far resident memory rose while the model was loaded."""
+    mesh = ranks.mesh(**degrees)
+    # A first load brings in code and buffers; its weights go again.
+    load_on(mesh, path)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    load_on(mesh, path)
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    """A size from the kernel's account of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def next_epoch(ranks: Ranks, path: str, prompts: list[list[int]]) -> bool:
+    """The same weights, over the groups of a second epoch, after the first was aborted."""
+    first = ranks.mesh(tensor=2, expert=2)
+    model = load_on(first, path)
+    before = logits(model, prompts)
+    first.abort()
+    first.close()
+    again = logits(model.attach(ranks.mesh(tensor=2, expert=2)), prompts)
+    assert before is not None
+    assert again is not None
+    return torch.equal(before, again)
