@@ -128,10 +128,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         assert leader is not None
         return grpc.aio.insecure_channel(leader.address, options=channel_options(self._timings))
 
-    def _node_phase(self, node: str) -> admin_pb2.NodePhase:
+    def _node_phase(self, node: str) -> Any:
         view = self._coordinator.view(status_view)
         phases = [row.phase for row in view.nodes if row.id == node] if view is not None else []
-        return admin_pb2.NodePhase(int(phases[0])) if phases else admin_pb2.NODE_PHASE_UNSPECIFIED  # type: ignore[return-value]
+        return int(phases[0]) if phases else admin_pb2.NODE_PHASE_UNSPECIFIED
 
     def _leaderless_status(self) -> admin_pb2.StatusResponse:
         identity = self._coordinator.identity

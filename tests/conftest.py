@@ -17,7 +17,8 @@ async def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIter
     """Two control planes, two workers of one rank, a real etcd, a small real model."""
     folder: Path = tmp_path_factory.mktemp("cluster")
     # large enough that a step takes some milliseconds, so that a kill meets streams in flight
-    model = tiny_model(folder / "model", "llama", hidden_size=256, num_hidden_layers=8, intermediate_size=1024)
+    shape = {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 1024, "max_position_embeddings": 8192}
+    model = tiny_model(folder / "model", "llama", **shape)
     cluster = Cluster(folder, model, controlplanes=2, workers=2)
     try:
         await cluster.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,20 +19,30 @@ from tests.support.cluster import ROOT, Cluster, eventually
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="session")]
 
 GRPCURL = Path(sys.executable).parent / "grpcurl"
+PERDURE = Path(sys.executable).parent / "perdure"
 
 
 def client(cluster: Cluster) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{cluster.url()}/v1", api_key="none", max_retries=0)
 
 
-async def command(*arguments: str | Path) -> str:
+async def command(*arguments: str | Path, **environment: str) -> str:
     """Run a program; its output. A failure shows what it printed."""
     process = await asyncio.create_subprocess_exec(
-        *map(str, arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT
+        *map(str, arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env={**os.environ, **environment},
     )
     output, _ = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 0, f"{arguments} exited with {process.returncode}:\n{output.decode()}"
     return output.decode()
+
+
+async def ctl(cluster: Cluster, *arguments: str) -> str:
+    """`perdure ctl` against the cluster."""
+    return await command(PERDURE, "ctl", *arguments, PERDURE_ADDRESS=cluster.address())
 
 
 async def test_models_are_listed(cluster: Cluster) -> None:
@@ -217,9 +227,7 @@ async def test_any_control_plane_answers_for_the_leader(cluster: Cluster) -> Non
 
 
 async def test_ctl_status_json_has_what_programs_need(cluster: Cluster) -> None:
-    perdure = shutil.which("perdure", path=str(Path(sys.executable).parent))
-    assert perdure
-    status = json.loads(await command(perdure, "ctl", "--address", cluster.address(), "status", "--json"))
+    status = json.loads(await ctl(cluster, "status", "--json"))
     assert {"id", "pid", "address", "term"} <= set(status["leader"])
     assert {"id", "host", "pid", "state", "ranks"} <= set(status["nodes"][0])
     assert {"rank", "pid", "device", "state", "replica", "epoch"} <= set(status["nodes"][0]["ranks"][0])
@@ -228,9 +236,7 @@ async def test_ctl_status_json_has_what_programs_need(cluster: Cluster) -> None:
 
 
 async def test_drain_moves_streams_and_undrain_brings_the_node_back(cluster: Cluster) -> None:
-    perdure = shutil.which("perdure", path=str(Path(sys.executable).parent))
-    assert perdure
-    await command(perdure, "ctl", "--address", cluster.address(), "drain", "w0")
+    await ctl(cluster, "drain", "w0")
 
     async def phase_of(node: str) -> str:
         return {row["id"]: row["phase"] for row in (await cluster.status())["nodes"]}[node]
@@ -241,17 +247,15 @@ async def test_drain_moves_streams_and_undrain_brings_the_node_back(cluster: Clu
     await eventually("w0 drains", drained)
     completion = await client(cluster).completions.create(model="tiny", prompt="Still here", max_tokens=4)
     assert completion.choices[0].text
-    await command(perdure, "ctl", "--address", cluster.address(), "undrain", "w0")
+    await ctl(cluster, "undrain", "w0")
     await cluster.wait_ready()
     assert await phase_of("w0") == "NODE_PHASE_LIVE"
-    events = await command(perdure, "ctl", "--address", cluster.address(), "events")
+    events = await ctl(cluster, "events")
     assert "w0" in events
     assert "drain" in events
 
 
 async def test_cancel_ends_a_stream_with_a_reason(cluster: Cluster) -> None:
-    perdure = shutil.which("perdure", path=str(Path(sys.executable).parent))
-    assert perdure
     body = {"model": "tiny", "prompt": "Cancel me", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     async with (
         httpx.AsyncClient(timeout=30) as http,
@@ -261,8 +265,8 @@ async def test_cancel_ends_a_stream_with_a_reason(cluster: Cluster) -> None:
         async for line in lines:
             if line.startswith("data: "):
                 break
-        listed = json.loads(await command(perdure, "ctl", "--address", cluster.address(), "requests", "--json"))
+        listed = json.loads(await ctl(cluster, "requests", "--json"))
         (request,) = listed if isinstance(listed, list) else listed["requests"]
-        await command(perdure, "ctl", "--address", cluster.address(), "cancel", request["id"])
+        await ctl(cluster, "cancel", request["id"])
         rest = [line async for line in lines if line.startswith("data: ")]
     assert any("cancel" in line.lower() for line in rest)
