@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
 from tools.up.state import RunningCluster
+
+PROMPT = "The capital of France is"
 
 
 def banner(running: RunningCluster) -> str:
     """Endpoint, a curl line, a Python line, and where to look."""
     url = running.urls[0]
     others = f" (also {', '.join(running.urls[1:])})" if running.urls[1:] else ""
-    body = f'{{"model": "{running.model}", "prompt": "The capital of France is", "max_tokens": 24}}'
+    body = json.dumps({"model": running.model, "prompt": PROMPT, "max_tokens": 24, "temperature": 0})
     python = (
         f"from openai import OpenAI; client = OpenAI(base_url='{url}/v1', api_key='none'); "
-        f"print(client.completions.create(model='{running.model}', prompt='The capital of France is', "
-        "max_tokens=24).choices[0].text)"
+        f"print(client.completions.create(model='{running.model}', prompt='{PROMPT}', max_tokens=24, "
+        "temperature=0).choices[0].text)"
     )
     return "\n".join(
         [
@@ -22,9 +30,18 @@ def banner(running: RunningCluster) -> str:
             "",
             f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
             "",
-            f'  python -c "{python}"',
+            f'  {_typed(Path(sys.executable))} -c "{python}"',
             "",
-            f"  perdure ctl --help      (gRPC and grpcurl: {', '.join(running.addresses)})",
+            f"  {_typed(Path(sys.argv[0]))} ctl status",
+            f"  grpcurl -plaintext {running.addresses[0]} list",
             "",
         ]
     )
+
+
+def _typed(program: Path) -> str:
+    """How this user types a program's name here: bare if PATH finds it, else the shorter of its paths."""
+    if shutil.which(program.name) == str(program):
+        return program.name
+    relative = os.path.relpath(program)
+    return min(str(program), relative, key=len)
