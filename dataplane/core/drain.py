@@ -13,8 +13,10 @@ from dataplane.core.terms import tell
 
 
 def begin(turn: Turn, deadline_ms: int, reason: Reason) -> None:
-    """Refuse new bodies from now on, and tell the gateways."""
+    """Refuse new bodies from now on, and tell the gateways. A daemon that is to go keeps its own deadline."""
     state = turn.state
+    if state.leaving is not None and state.draining:
+        return
     state.draining, state.drained_told = True, False
     state.drain_deadline = turn.now + (deadline_ms / 1000 if deadline_ms else state.timings.drain)
     state.reservations.clear()

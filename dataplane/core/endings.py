@@ -21,6 +21,9 @@ STAGES = {
 }
 """The answer that each phase owes the leader."""
 
+BLAMING = (ReasonKind.NO_PROGRESS, ReasonKind.OUT_OF_MEMORY, ReasonKind.DEVICE_SICK)
+"""Ends that the sequences of an unfinished step may have caused; a lost peer or a planned change says nothing."""
+
 OPEN = (*STAGES, ReplicaPhase.READY)
 
 
@@ -66,6 +69,7 @@ def end_if_free(turn: Turn, replica: Replica) -> None:
     if replica.phase in OPEN or replica.ending is None or ranks_of(turn, replica):
         return
     answer(turn, replica.replica, replica.epoch, replica.ending)
+    replica.ending = None
     if turn.state.replicas.get(replica.replica) is replica:
         del turn.state.replicas[replica.replica]
 

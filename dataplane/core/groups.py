@@ -17,10 +17,10 @@ from controlplane.runtime.messages.session import (
     ReleaseReplica,
 )
 from dataplane import frames
-from dataplane.core.endings import STAGES, answer, close, end_if_free, fail_stage, ranks_of
+from dataplane.core.endings import BLAMING, STAGES, answer, close, end_if_free, fail_stage, ranks_of
 from dataplane.core.messages import DeviceId, MarkEpochsOver, Recorded, SendRank
 from dataplane.core.state import Rank, Replica, Turn
-from dataplane.core.terms import fence_epoch
+from dataplane.core.terms import fence_epoch, tell_rank
 
 _ORDER = [*STAGES, ReplicaPhase.READY]
 
@@ -71,7 +71,7 @@ def abort(turn: Turn, message: AbortGroup) -> None:
     """End the epoch; answered when every rank has let go of it. An epoch that is not here is over already."""
     replica = _to_end(turn, message, GroupPhase.ABORTED)
     if replica is not None:
-        close(turn, replica, message.reason)
+        close(turn, replica, message.reason, blameless=message.reason.kind not in BLAMING)
         end_if_free(turn, replica)
 
 
@@ -80,7 +80,7 @@ def release(turn: Turn, message: ReleaseReplica) -> None:
     replica = _to_end(turn, message, GroupPhase.RELEASED)
     if replica is None:
         return
-    close(turn, replica, message.reason)
+    close(turn, replica, message.reason, blameless=True)
     for rank in ranks_of(turn, replica):
         rank.leaving = True
         rank.let_go_by = turn.now + turn.state.timings.stage
@@ -97,6 +97,7 @@ def advance(turn: Turn, rank: Rank) -> None:
     frame = replica.prepare.pop(rank.device, None)
     if frame is not None:
         rank.phase = RankPhase.FORMING
+        tell_rank(turn, rank)
         # The page may still hold the last epoch of another replica.
         turn.emit(MarkEpochsOver(rank.device, Epoch(frame.epoch - 1)))
         turn.emit(SendRank(rank.device, frame))
@@ -160,7 +161,7 @@ def _take_ranks(turn: Turn, message: PrepareGroup) -> None:
         kind=ReasonKind.REPLACED, text=f"epoch {message.epoch} of {message.replica} begins", group=message.replica
     )
     for holder in [state.replicas[name] for name in replaced & state.replicas.keys()]:
-        close(turn, holder, reason)
+        close(turn, holder, reason, blameless=True)
         for rank in ranks_of(turn, holder):
             if rank in wanted or holder.replica == message.replica:
                 rank.unbind()

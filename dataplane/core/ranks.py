@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from controlplane.runtime.ids import Epoch, ReplicaId, RequestId
@@ -11,6 +10,7 @@ from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind, 
 from controlplane.runtime.messages.session import RankState
 from dataplane import frames
 from dataplane.core.endings import (
+    BLAMING,
     OPEN,
     STAGES,
     close,
@@ -25,7 +25,7 @@ from dataplane.core.groups import advance, stage_answered
 from dataplane.core.messages import RankExited, RankForked, RankSaid, Recorded, SpawnRank
 from dataplane.core.state import Rank, Replica, Turn
 from dataplane.core.steps import RankFault, load_report, step_begun, step_done
-from dataplane.core.terms import tell
+from dataplane.core.terms import rank_state, tell, tell_rank
 
 _SERVING = {
     ReplicaPhase.PREPARING: RankPhase.FORMING,
@@ -180,22 +180,8 @@ def _came_up(turn: Turn, rank: Rank) -> None:
         raise RankFault("a second Hello")
     rank.phase, rank.false_starts, rank.fault = RankPhase.IDLE, 0, None
     turn.emit(Recorded("rank_ready", details={"device": rank.device, "pid": str(rank.pid)}))
-    tell(turn, rank_state(rank))
+    tell_rank(turn, rank)
     advance(turn, rank)
-
-
-def rank_state(rank: Rank, reason: Reason | None = None, suspects: Iterable[RequestId] = ()) -> RankState:
-    """How the rank stands, for the leader."""
-    return RankState(
-        device=rank.device,
-        pid=rank.pid,
-        replica=rank.replica,
-        epoch=rank.epoch,
-        rank=rank.rank,
-        phase=rank.phase,
-        reason=reason,
-        suspects=tuple(suspects),
-    )
 
 
 def _aborted(turn: Turn, rank: Rank, frame: frames.Aborted) -> None:
@@ -208,6 +194,7 @@ def _aborted(turn: Turn, rank: Rank, frame: frames.Aborted) -> None:
 def _freed(turn: Turn, rank: Rank) -> None:
     if not rank.leaving:
         let_go(turn, rank)
+        tell_rank(turn, rank)
         advance(turn, rank)
 
 
@@ -215,6 +202,8 @@ def _stage_done(turn: Turn, replica: Replica, rank: Rank, stage: ReplicaPhase) -
     if replica.phase is not stage or rank.device not in replica.owing:
         raise RankFault(f"answered {stage.name.lower()} while {replica.phase.name.lower()}")
     rank.phase = _SERVING[stage]
+    if rank.phase is RankPhase.SERVING:
+        tell_rank(turn, rank)
     stage_answered(turn, replica, rank.device)
 
 
@@ -222,15 +211,16 @@ def _failed(turn: Turn, replica: Replica, rank: Rank, reason: Reason) -> None:
     """The rank could not do its part and is idle: the epoch is over."""
     turn.emit(_record("rank_failed", rank, reason))
     in_stage = replica.phase in STAGES
+    blameless = reason.kind not in BLAMING
     if not in_stage:
-        suspects = _requests_of(turn, replica, blameless=False)
+        suspects = _requests_of(turn, replica, blameless)
         tell(turn, replace(rank_state(rank, reason, suspects), phase=RankPhase.IDLE))
     rank.unbind()
     rank.phase = RankPhase.IDLE
     if in_stage:
         fail_stage(turn, replica, reason)
     else:
-        close(turn, replica, reason)
+        close(turn, replica, reason, blameless=blameless)
 
 
 def _load_progress(turn: Turn, replica: Replica, rank: Rank, frame: frames.LoadProgress) -> None:

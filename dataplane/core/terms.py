@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from controlplane.runtime.ids import Epoch, Term
+from collections.abc import Iterable
+
+from controlplane.runtime.ids import Epoch, RequestId, Term
 from controlplane.runtime.messages.common import Reason, ReasonKind
-from controlplane.runtime.messages.session import AttachDown, AttachUp, Fenced
+from controlplane.runtime.messages.session import AttachDown, AttachUp, Fenced, RankState
 from dataplane.core.messages import HintLeader, LeaveLeader, SendLeader
-from dataplane.core.state import Turn
+from dataplane.core.state import Rank, Turn
 
 
 def see_term(turn: Turn, term: Term, address: str = "") -> None:
@@ -37,6 +39,25 @@ def tell(turn: Turn, body: AttachUp) -> None:
     leader = turn.state.leader
     if leader is not None and leader.session is not None:
         turn.emit(SendLeader(leader.link, body))
+
+
+def tell_rank(turn: Turn, rank: Rank, reason: Reason | None = None, suspects: Iterable[RequestId] = ()) -> None:
+    """Tell the leader how the rank stands."""
+    tell(turn, rank_state(rank, reason, suspects))
+
+
+def rank_state(rank: Rank, reason: Reason | None = None, suspects: Iterable[RequestId] = ()) -> RankState:
+    """How the rank stands, for the leader."""
+    return RankState(
+        device=rank.device,
+        pid=rank.pid,
+        replica=rank.replica,
+        epoch=rank.epoch,
+        rank=rank.rank,
+        phase=rank.phase,
+        reason=reason,
+        suspects=tuple(suspects),
+    )
 
 
 def fence_term(turn: Turn, message: AttachDown, term: Term) -> None:
