@@ -15,7 +15,9 @@ from protos.perdure.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 from tools.up.display import Display
 
 PHASE_NOTES = {
-    common_pb2.REPLICA_PHASE_PLANNED: "waiting for ranks",
+    common_pb2.REPLICA_PHASE_HELD: "waiting for a worker's rank",
+    common_pb2.REPLICA_PHASE_CLOSED: "closed",
+    common_pb2.REPLICA_PHASE_PLANNED: "planned",
     common_pb2.REPLICA_PHASE_PREPARING: "starting ranks",
     common_pb2.REPLICA_PHASE_FORMING: "forming its group",
     common_pb2.REPLICA_PHASE_READY: "ready",
