@@ -20,6 +20,7 @@ from controlplane.runtime.clock import SystemClock
 from controlplane.runtime.errors import invalid
 from controlplane.runtime.etcd import EtcdClient
 from controlplane.runtime.etcd_types import EtcdOptions, EtcdUnavailable
+from controlplane.runtime.race import within
 from controlplane.runtime.timing import ETCD_START_S, ETCD_STOP_S, Timings, derive_timings
 
 log = structlog.get_logger()
@@ -228,7 +229,7 @@ class EtcdChild:
 
     async def _ended(self, timeout: float) -> bool:
         try:
-            await asyncio.wait_for(self.wait(), timeout)
+            await within(timeout, self.wait())
         except TimeoutError:
             return False
         return True

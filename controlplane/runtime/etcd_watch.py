@@ -22,6 +22,7 @@ from controlplane.runtime.errors import PerdureError
 from controlplane.runtime.etcd import ETCD_ERRORS, EtcdClient
 from controlplane.runtime.etcd_rpc import EtcdRpc, WatchMessage, WatchStream
 from controlplane.runtime.etcd_types import KeyValue, prefix_end
+from controlplane.runtime.race import within
 from controlplane.runtime.timing import Timings
 
 T = TypeVar("T")
@@ -132,7 +133,7 @@ class PrefixWatch:
 
     async def _answered(self, wait: Awaitable[T], patience: float, rpc: EtcdRpc) -> T:
         try:
-            return await asyncio.wait_for(wait, patience)
+            return await within(patience, wait)
         except TimeoutError as error:
             raise self._client.stream_failed(rpc, "silent") from error
 

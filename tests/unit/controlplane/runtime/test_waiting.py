@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 from random import Random
+from typing import Any
 
 import pytest
 
 from controlplane.runtime.backoff import Backoff
-from controlplane.runtime.race import race
+from controlplane.runtime.race import race, within
 from controlplane.runtime.timing import derive_timings
 
 
@@ -63,3 +65,25 @@ async def test_cancelling_the_race_cancels_all() -> None:
     with pytest.raises(asyncio.CancelledError):
         await racing
     assert sorted(ended) == ["a", "b"]
+
+
+async def test_within_gives_the_result_or_raises_in_time() -> None:
+    assert await within(10, asyncio.sleep(0, "done")) == "done"
+    with pytest.raises(TimeoutError):
+        await within(0, asyncio.Event().wait())
+
+
+@pytest.mark.parametrize("how", [within, lambda seconds, wait: race(asyncio.sleep(seconds), _held(wait))])
+async def test_a_cancellation_that_meets_the_result_is_not_lost(how: Callable[..., Coroutine[Any, Any, Any]]) -> None:
+    result = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(how(10, result))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    result.set_result(None)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def _held(wait: Awaitable[None]) -> None:
+    await wait
