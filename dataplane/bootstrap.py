@@ -15,7 +15,7 @@ from controlplane.runtime.clock import Clock
 from controlplane.runtime.cluster import read_cluster
 from controlplane.runtime.errors import Rejected, Retryable
 from controlplane.runtime.etcd import EtcdClient
-from controlplane.runtime.ids import Incarnation, draw_id
+from controlplane.runtime.ids import ClusterId, Incarnation, draw_id
 from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.records import ClusterRecord
 from controlplane.runtime.timing import Timings, derive_timings
@@ -56,10 +56,10 @@ async def await_cluster(config: WorkerConfig, clock: Clock, random: Random) -> C
         await client.close()
 
 
-async def await_devices(config: WorkerConfig, timings: Timings, clock: Clock) -> None:
+async def await_devices(config: WorkerConfig, cluster: ClusterId, timings: Timings, clock: Clock) -> None:
     """Wait while a dying predecessor's ranks still hold our devices. Raises Rejected for those that are held on."""
     patience_ends = clock.now() + timings.failure_timeout
-    while held := held_by_others(config.node, config.devices):
+    while held := held_by_others(cluster, config.node, config.devices):
         if clock.now() >= patience_ends:
             names = ", ".join(f"{item.device} (process {item.holder or 'unknown'})" for item in held)
             text = f"devices in use by another worker: {names}"

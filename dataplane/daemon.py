@@ -102,7 +102,7 @@ class WorkerDaemon:
     async def _begin(self) -> None:
         cluster = await await_cluster(self._config, self._clock, self._random)
         timings = timings_from_spec(cluster.timing)
-        await await_devices(self._config, timings, self._clock)
+        await await_devices(self._config, cluster.cluster, timings, self._clock)
         shell = WorkerShell(self._config, timings, self._clock, self._random)
         try:
             port = await shell.listen()
@@ -155,7 +155,7 @@ class WorkerShell:
     async def join(self, identity: Identity, pool: PoolSettings) -> None:
         """Begin the core and register the node. Raises NameTaken, or Rejected if etcd grants no lease this short."""
         self._state = begin(identity, self._timings, self._clock.now())
-        self._pool = RankPool(pool, self._timings, self._clock, self.post)
+        self._pool = RankPool(pool, identity.cluster, self._timings, self._clock, self.post)
         await self._pool.start()
         self._spawn("pool", self._pool.run())
         await self._server.start()

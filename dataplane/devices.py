@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from controlplane.runtime.errors import invalid
-from controlplane.runtime.ids import NodeId
+from controlplane.runtime.ids import ClusterId, NodeId
 from controlplane.runtime.messages.common import Device
 
 _NAME = re.compile(r"(cpu|cuda):(\d+)")
@@ -32,20 +32,21 @@ def runtime_dir() -> Path:
     return Path(configured) if configured else Path("/tmp") / f"perdure-{os.getuid()}"
 
 
-def lock_path(node: NodeId, device: str) -> Path:
-    """The file whose lock is the device. A GPU has one name on a host; a share of the CPU is its node's own."""
+def lock_path(cluster: ClusterId, node: NodeId, device: str) -> Path:
+    """The file whose lock is the device. A GPU has one name on a host; a share of the CPU is its cluster's node's own, so
+    that two clusters of one machine may call their nodes alike."""
     folder = runtime_dir() / "devices"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     kind, index = _parse(device)
-    name = f"cuda-{_physical(index)}" if kind == "cuda" else f"{node}-cpu-{index}"
+    name = f"cuda-{_physical(index)}" if kind == "cuda" else f"{cluster}-{node}-cpu-{index}"
     return folder / name
 
 
-def held_by_others(node: NodeId, devices: tuple[str, ...]) -> list[Held]:
+def held_by_others(cluster: ClusterId, node: NodeId, devices: tuple[str, ...]) -> list[Held]:
     """The devices that some process holds now. A look, not a hold: ranks take the locks."""
     held: list[Held] = []
     for device in devices:
-        descriptor = os.open(lock_path(node, device), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(lock_path(cluster, node, device), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

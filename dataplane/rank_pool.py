@@ -18,7 +18,7 @@ import structlog
 
 from controlplane.runtime.clock import Clock
 from controlplane.runtime.host import process_is_dead
-from controlplane.runtime.ids import Epoch, NodeId
+from controlplane.runtime.ids import ClusterId, Epoch, NodeId
 from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.timing import Timings
 from dataplane import frames, zygote
@@ -76,8 +76,16 @@ class _Process:
 class RankPool:
     """All rank processes of a daemon. Every method is for its event loop."""
 
-    def __init__(self, settings: PoolSettings, timings: Timings, clock: Clock, post: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        settings: PoolSettings,
+        cluster: ClusterId,
+        timings: Timings,
+        clock: Clock,
+        post: Callable[[Event], None],
+    ) -> None:
         self._settings = settings
+        self._cluster = cluster
         self._timings = timings
         self._post = post
         self._loop = asyncio.get_running_loop()
@@ -186,7 +194,7 @@ class RankPool:
                     device=device,
                     socket_path=self._socket_path,
                     page_path=str(page.path),
-                    lock_path=str(lock_path(self._settings.node, device)),
+                    lock_path=str(lock_path(self._cluster, self._settings.node, device)),
                     log_path=str(log_path),
                     lock_wait_ms=round(self._timings.failure_timeout * 1000),
                 )
