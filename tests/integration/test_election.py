@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
 
 import grpc.aio
-import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
@@ -74,14 +73,6 @@ class Candidate:
 async def standing(*candidates: Candidate) -> AsyncIterator[None]:
     async with running(*(candidate.run() for candidate in candidates)):
         yield
-
-
-@pytest.fixture
-async def own(tmp_path: Path) -> AsyncGenerator[EtcdChild]:
-    child = EtcdChild(data_dir=tmp_path / "data", log_path=tmp_path / "log", timings=TIMINGS)
-    await child.start()
-    yield child
-    await child.stop()
 
 
 async def stored(client: EtcdClient, keys: Keys) -> LeaderRecord | None:
@@ -217,40 +208,40 @@ async def test_a_key_of_ours_that_no_answer_confirmed_is_cleared_away(client: Et
     await alone.election.close()
 
 
-async def test_muted_and_heard_over_an_absence_of_etcd(own: EtcdChild, keys: Keys) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_muted_and_heard_over_an_absence_of_etcd(own_etcd: EtcdChild, keys: Keys) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         alone = Candidate(client, keys, "a")
         async with standing(alone):
             await alone.leads(1)
-            await own.kill()
+            await own_etcd.kill()
             await eventually("muted", lambda: Muted() in alone.said)
             assert not alone.election.trusted
             # Frozen, not deposed: it leads on with what needs no etcd.
             assert alone.election.term == 1
-            await own.start()
+            await own_etcd.start()
             await eventually("heard", lambda: Heard() in alone.said)
             assert alone.said == [Won(Term(1)), Muted(), Heard()]
             assert alone.election.trusted
 
 
-async def test_a_leader_stopped_past_its_lease_is_not_trusted_for_a_moment(own: EtcdChild, keys: Keys) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_a_leader_stopped_past_its_lease_is_not_trusted_for_a_moment(own_etcd: EtcdChild, keys: Keys) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         alone = Candidate(client, keys, "a")
         async with standing(alone):
             await alone.leads(1)
-            with stopped(own):
+            with stopped(own_etcd):
                 await eventually("trust ends", lambda: not alone.election.trusted)
                 await eventually("muted", lambda: Muted() in alone.said)
             await eventually("trusted again", lambda: alone.election.trusted)
 
 
-async def test_terms_rise_across_a_restored_snapshot(own: EtcdChild, keys: Keys, tmp_path: Path) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_terms_rise_across_a_restored_snapshot(own_etcd: EtcdChild, keys: Keys, tmp_path: Path) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         first, second = Candidate(client, keys, "a"), Candidate(client, keys, "b")
         async with standing(first):
             await first.leads(1)
             async with standing(second):
-                save_snapshot(own, tmp_path / "snapshot")
+                save_snapshot(own_etcd, tmp_path / "snapshot")
                 for term in (2, 3, 4):
                     leader = first if first.election.term is not None else second
                     await leader.election.step_down(ASKED, 0.0, Term(0))
@@ -258,7 +249,7 @@ async def test_terms_rise_across_a_restored_snapshot(own: EtcdChild, keys: Keys,
                         f"term {term}", lambda term=term: term in (first.election.term, second.election.term)
                     )
                     await eventually("both see it", lambda term=term: _highest(first, second) == (term, term))
-                await restore_snapshot(own, tmp_path / "snapshot")
+                await restore_snapshot(own_etcd, tmp_path / "snapshot")
 
                 async def settled() -> bool:
                     record = await stored(client, keys)

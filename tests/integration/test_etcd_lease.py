@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -66,14 +66,6 @@ class Worker:
         return [event.kind for event in self.events if event.kind is not RENEWED]
 
 
-@pytest.fixture
-async def own(tmp_path: Path) -> AsyncGenerator[EtcdChild]:
-    child = EtcdChild(data_dir=tmp_path / "data", log_path=tmp_path / "log", timings=TIMINGS)
-    await child.start()
-    yield child
-    await child.stop()
-
-
 async def stored(client: EtcdClient, keys: Keys) -> NodeRecord | None:
     item = await client.get(keys.node(NODE), timeout=T)
     return from_json(item.value, NodeRecord) if item is not None else None
@@ -130,12 +122,12 @@ async def test_a_revoked_lease_is_relet_to_the_same_incarnation(client: EtcdClie
     await worker.keeper.close()
 
 
-async def test_mute_at_the_moment_when_trust_ends(own: EtcdChild, keys: Keys) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_mute_at_the_moment_when_trust_ends(own_etcd: EtcdChild, keys: Keys) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         worker = Worker(client, keys)
         await worker.keeper.start()
         async with running(worker.keeper.run()):
-            with stopped(own):
+            with stopped(own_etcd):
                 trusted_until = worker.keeper.trusted_until
                 await worker.saw(MUTE)
                 assert CLOCK.now() >= trusted_until
@@ -146,16 +138,16 @@ async def test_mute_at_the_moment_when_trust_ends(own: EtcdChild, keys: Keys) ->
             assert worker.kinds() in ([MUTE, HEARD], [MUTE, GONE, RELET])
 
 
-async def test_etcd_killed_for_longer_than_the_lease(own: EtcdChild, keys: Keys) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_etcd_killed_for_longer_than_the_lease(own_etcd: EtcdChild, keys: Keys) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         worker = Worker(client, keys)
         await worker.keeper.start()
         lease = worker.keeper.lease
         async with running(worker.keeper.run()):
-            await own.kill()
+            await own_etcd.kill()
             gone_at = CLOCK.now() + TIMINGS.lease_ttl
             await eventually("the TTL passed", lambda: CLOCK.now() > gone_at)
-            await own.start()
+            await own_etcd.start()
             # Leases restart in full with etcd, so that nobody is dead because etcd was.
             await worker.saw(HEARD)
             assert worker.kinds() == [MUTE, HEARD]
@@ -163,13 +155,13 @@ async def test_etcd_killed_for_longer_than_the_lease(own: EtcdChild, keys: Keys)
             assert await stored(client, keys) == worker.record(lease)
 
 
-async def test_a_key_lost_to_a_restore_is_put_again(own: EtcdChild, keys: Keys, tmp_path: Path) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_a_key_lost_to_a_restore_is_put_again(own_etcd: EtcdChild, keys: Keys, tmp_path: Path) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         worker = Worker(client, keys)
-        save_snapshot(own, tmp_path / "empty")
+        save_snapshot(own_etcd, tmp_path / "empty")
         await worker.keeper.start()
         async with running(worker.keeper.run()):
-            await restore_snapshot(own, tmp_path / "empty")
+            await restore_snapshot(own_etcd, tmp_path / "empty")
             await worker.saw(RELET)
             assert await stored(client, keys) == worker.record(worker.keeper.lease)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from random import Random
-
-import pytest
 
 from controlplane.runtime.etcd import EtcdClient
 from controlplane.runtime.etcd_server import EtcdChild
@@ -65,15 +63,6 @@ async def watching(client: EtcdClient, keys: Keys) -> AsyncIterator[Watcher]:
         yield watcher
 
 
-@pytest.fixture
-async def own(tmp_path: Path) -> AsyncGenerator[EtcdChild]:
-    """An etcd that a test may kill and restore."""
-    child = EtcdChild(data_dir=tmp_path / "data", log_path=tmp_path / "log", timings=TIMINGS)
-    await child.start()
-    yield child
-    await child.stop()
-
-
 async def test_everything_first_then_each_change_in_order(client: EtcdClient, keys: Keys) -> None:
     await client.put(keys.peer("a"), b"1", timeout=T)
     async with watching(client, keys) as watcher:
@@ -107,25 +96,25 @@ async def test_a_lease_that_expires_is_a_deletion(client: EtcdClient, keys: Keys
         await watcher.holds()
 
 
-async def test_over_a_restart_of_etcd(own: EtcdChild, keys: Keys) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_over_a_restart_of_etcd(own_etcd: EtcdChild, keys: Keys) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         await client.put(keys.peer("a"), b"1", timeout=T)
         async with watching(client, keys) as watcher:
-            await own.kill()
+            await own_etcd.kill()
             await eventually("the watch is interrupted", lambda: not watcher.watch.connected)
             assert watcher.copy == {keys.peer("a"): b"1"}
-            await own.start()
+            await own_etcd.start()
             await client.put(keys.peer("b"), b"2", timeout=T)
             await watcher.holds(a=b"1", b=b"2")
             assert not any(batch.restored for batch in watcher.batches)
 
 
-async def test_deletions_of_an_outage_are_delivered_across_a_compaction(own: EtcdChild, keys: Keys) -> None:
-    async with client_of(own.endpoint) as client, client_of(own.endpoint) as other:
+async def test_deletions_of_an_outage_are_delivered_across_a_compaction(own_etcd: EtcdChild, keys: Keys) -> None:
+    async with client_of(own_etcd.endpoint) as client, client_of(own_etcd.endpoint) as other:
         for name in ("a", "b", "c"):
             await client.put(keys.peer(name), b"1", timeout=T)
         async with watching(client, keys) as watcher:
-            with stopped(own):
+            with stopped(own_etcd):
                 await eventually("the silence is noticed", lambda: not watcher.watch.connected)
                 blocked = asyncio.create_task(_change_and_compact(other, keys))
             await blocked
@@ -138,11 +127,13 @@ async def _change_and_compact(client: EtcdClient, keys: Keys) -> None:
     await client.compact(revision, timeout=T)
 
 
-async def test_a_restored_snapshot_is_told_and_not_slept_through(own: EtcdChild, keys: Keys, tmp_path: Path) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_a_restored_snapshot_is_told_and_not_slept_through(
+    own_etcd: EtcdChild, keys: Keys, tmp_path: Path
+) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         await client.put(keys.peer("a"), b"old", timeout=T)
         await client.put(keys.peer("ghost"), b"1", timeout=T)
-        save_snapshot(own, tmp_path / "snapshot")
+        save_snapshot(own_etcd, tmp_path / "snapshot")
         await client.put(keys.peer("a"), b"new", timeout=T)
         await client.delete(keys.peer("ghost"), timeout=T)
         for index in range(20):
@@ -150,7 +141,7 @@ async def test_a_restored_snapshot_is_told_and_not_slept_through(own: EtcdChild,
         async with watching(client, keys) as watcher:
             await watcher.holds(a=b"new", later=b"19")
             before = watcher.batches[-1].revision
-            await restore_snapshot(own, tmp_path / "snapshot")
+            await restore_snapshot(own_etcd, tmp_path / "snapshot")
             await watcher.holds(a=b"old", ghost=b"1")
             assert [batch.restored for batch in watcher.batches if batch.content is not None][-1] is True
             assert watcher.batches[-1].revision < before
@@ -198,11 +189,11 @@ async def test_a_quiet_prefix_is_no_silence(client: EtcdClient, keys: Keys) -> N
         assert len(watcher.batches) == 1
 
 
-async def test_etcd_away_from_the_start(own: EtcdChild, keys: Keys) -> None:
-    await own.stop()
-    async with client_of(own.endpoint) as client:
+async def test_etcd_away_from_the_start(own_etcd: EtcdChild, keys: Keys) -> None:
+    await own_etcd.stop()
+    async with client_of(own_etcd.endpoint) as client:
         watcher = Watcher(client, keys)
         async with running(watcher.run()):
-            await own.start()
+            await own_etcd.start()
             await client.put(keys.peer("a"), b"1", timeout=T)
             await watcher.holds(a=b"1")

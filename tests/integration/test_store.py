@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,14 +87,6 @@ async def leader(client: EtcdClient, keys: Keys) -> Leadership:
     guard = leadership("a", 1)
     await client.put(keys.leader, guard.leader_value or b"", timeout=T)
     return guard
-
-
-@pytest.fixture
-async def own(tmp_path: Path) -> AsyncGenerator[EtcdChild]:
-    child = EtcdChild(data_dir=tmp_path / "data", log_path=tmp_path / "log", timings=TIMINGS)
-    await child.start()
-    yield child
-    await child.stop()
 
 
 async def test_the_cluster_is_written_once(client: EtcdClient, keys: Keys, leader: Leadership) -> None:
@@ -182,9 +174,9 @@ async def test_a_leader_that_does_not_trust_its_lease_revokes_nobody(
     assert await client.lease_remaining(lease.id, timeout=T) > 0
 
 
-async def test_etcd_away_is_unavailable_for_every_call(own: EtcdChild, keys: Keys) -> None:
-    await own.stop()
-    async with client_of(own.endpoint) as client:
+async def test_etcd_away_is_unavailable_for_every_call(own_etcd: EtcdChild, keys: Keys) -> None:
+    await own_etcd.stop()
+    async with client_of(own_etcd.endpoint) as client:
         store = store_of(client, keys, leadership("a", 1))
         for call in (
             store.write_placement(PLACEMENT),
@@ -232,7 +224,7 @@ async def test_changes_become_events(client: EtcdClient, keys: Keys, leader: Lea
     store = store_of(client, keys, leader)
     await client.put(keys.peer("a"), to_json(replace(PEER, name="a")), timeout=T)
     async with following(store) as follower:
-        # A process is no peer of its own.
+        # A process is no peer of its own_etcd.
         await follower.saw(empty())
         await client.put(keys.node(NODE.node), to_json(NODE), timeout=T)
         await follower.saw(NodeKeyChanged(NODE.node, NODE))
@@ -264,23 +256,23 @@ async def test_a_record_that_cannot_be_read_changes_nothing(client: EtcdClient, 
         assert (await store.load()).deployments == {}
 
 
-async def test_a_lost_connection_is_followed_by_the_whole(own: EtcdChild, keys: Keys) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_a_lost_connection_is_followed_by_the_whole(own_etcd: EtcdChild, keys: Keys) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         store = store_of(client, keys, leadership("a", 1))
         await client.put(keys.node(NODE.node), to_json(NODE), timeout=T)
         async with following(store) as follower:
             await follower.saw(empty(nodes={NODE.node: NODE}))
-            await own.kill()
-            await own.start()
+            await own_etcd.kill()
+            await own_etcd.start()
             await follower.saw(empty(nodes={NODE.node: NODE}))
 
 
-async def test_a_restored_store_says_so(own: EtcdChild, keys: Keys, tmp_path: Path) -> None:
-    async with client_of(own.endpoint) as client:
+async def test_a_restored_store_says_so(own_etcd: EtcdChild, keys: Keys, tmp_path: Path) -> None:
+    async with client_of(own_etcd.endpoint) as client:
         store = store_of(client, keys, leadership("a", 1))
-        save_snapshot(own, tmp_path / "empty")
+        save_snapshot(own_etcd, tmp_path / "empty")
         await client.put(keys.node(NODE.node), to_json(NODE), timeout=T)
         async with following(store) as follower:
             await follower.saw(empty(nodes={NODE.node: NODE}))
-            await restore_snapshot(own, tmp_path / "empty")
+            await restore_snapshot(own_etcd, tmp_path / "empty")
             await follower.saw(empty(restored=True))

@@ -26,12 +26,15 @@ TIMINGS = derive_timings(failure_timeout=2.0, heartbeat_interval=0.25)
 
 CLOCK = SystemClock()
 
+QUICK = ("--heartbeat-interval=50", "--election-timeout=500")
+"""Elections of etcd's own take half a second, so that it is soon back after a kill."""
+
 
 @pytest.fixture(scope="module")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdChild]:
     """One member, shared by a module; a test takes keys of its own (`keys`) and leaves it running."""
     folder = tmp_path_factory.mktemp("etcd")
-    child = EtcdChild(data_dir=folder / "data", log_path=folder / "etcd.log", timings=TIMINGS)
+    child = EtcdChild(data_dir=folder / "data", log_path=folder / "etcd.log", timings=TIMINGS, arguments=QUICK)
     asyncio.run(child.start())
     yield child
     asyncio.run(child.stop())
@@ -51,7 +54,7 @@ def etcd_members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Etcd
             name=name,
             peer_port=port,
             members=urls,
-            arguments=("--heartbeat-interval=50", "--election-timeout=500"),
+            arguments=QUICK,
         )
         for name, port in ports.items()
     ]
@@ -69,6 +72,15 @@ def etcd_members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Etcd
     asyncio.run(start())
     yield children
     asyncio.run(stop())
+
+
+@pytest.fixture
+async def own_etcd(tmp_path: Path) -> AsyncIterator[EtcdChild]:
+    """One member of the test's own, to be killed and restored."""
+    child = EtcdChild(data_dir=tmp_path / "data", log_path=tmp_path / "etcd.log", timings=TIMINGS, arguments=QUICK)
+    await child.start()
+    yield child
+    await child.stop()
 
 
 @pytest.fixture
