@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import typer
+
+EXIT_NOT_INSTALLED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,22 @@ def build_app(wanted: str | None) -> typer.Typer:
 
 
 def _attach(app: typer.Typer, name: str, command: Command) -> None:
-    target = getattr(importlib.import_module(command.module), command.attribute)
+    target = getattr(_imported(name, command.module), command.attribute)
     if isinstance(target, typer.Typer):
         app.add_typer(target, name=name, help=command.summary)
     else:
         app.command(name, help=command.summary)(target)
+
+
+def _imported(name: str, module: str) -> ModuleType:
+    """A command's code. A package that only workers need may be missing on this host: say so in one line."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("controlplane", "dataplane", "protos", "tools"):
+            raise
+        typer.echo(f"perdure {name}: needs the package {error.name}: pip install 'perdure[worker]'", err=True)
+        raise SystemExit(EXIT_NOT_INSTALLED) from error
 
 
 def _not_imported() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from controlplane.config import ClusterConfig, ControlPlaneConfig, NodeConfig, Section
+from controlplane.config import ClusterConfig, ControlPlaneConfig, ModelSection, NodeConfig, Section
 from controlplane.config_checks import cross_checks
 from controlplane.config_source import ConfigError, Problem, dotted
 from tools.up.process import ChildSpec
@@ -34,6 +34,8 @@ class LocalShape:
     # CUDA devices to use; 0: run on the CPU.
     cuda_devices: int = 0
     cpu_cores: int = 1
+    # False: this CPU has no instructions for bfloat16 matrices.
+    cpu_bfloat16: bool = True
 
 
 def fit_to_machine(config: ClusterConfig, shape: LocalShape, free_port: Callable[[int], int]) -> ClusterConfig:
@@ -46,17 +48,23 @@ def fit_to_machine(config: ClusterConfig, shape: LocalShape, free_port: Callable
     _require_local(config, nodes)
     nodes = [node if node.ports else _with(node, ports=[free_port(0)]) for node in nodes]
     cluster = _with(config.cluster, nodes=nodes, controlplanes=_controlplanes(config, shape, free_port))
-    model = config.model
     on_cpu = all(device.startswith("cpu") for node in nodes for device in node.devices)
-    if on_cpu and model.cpu_threads == 0:
-        # A worker shares its node's cores among its ranks; here all workers share one machine's.
-        ranks = sum(len(node.devices) for node in nodes)
-        model = _with(model, cpu_threads=max(1, shape.cpu_cores // ranks))
+    model = _fit_model(config.model, shape, sum(len(node.devices) for node in nodes)) if on_cpu else config.model
     fitted = _with(config, cluster=cluster, model=model)
     problems = [Problem("", dotted(loc), text) for loc, text in cross_checks(fitted)]
     if problems:
         raise ConfigError(problems)
     return fitted
+
+
+def _fit_model(model: ModelSection, shape: LocalShape, ranks: int) -> ModelSection:
+    """The model's settings where all of `ranks` share this machine's CPU."""
+    if model.cpu_threads == 0:
+        # A worker shares its node's cores among its ranks; here all workers share one machine's.
+        model = _with(model, cpu_threads=max(1, shape.cpu_cores // ranks))
+    if model.dtype == "auto" and not shape.cpu_bfloat16:
+        model = _with(model, dtype="float32")
+    return model
 
 
 def _nodes(config: ClusterConfig, shape: LocalShape) -> list[NodeConfig]:
