@@ -57,8 +57,10 @@ def bad(param: str | None, message: str, code: str | None = None) -> ApiError:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first thing that pydantic found wrong, with the parameter's name."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    """The first parameter that pydantic found wrong, and what is wrong with it."""
+    found = error.errors(include_url=False, include_context=False)
+    # Of a union's alternatives the one that got furthest is what the client meant.
+    first = max((one for one in found if one["loc"][:1] == found[0]["loc"][:1]), key=lambda one: len(one["loc"]))
     path = [str(part) for part in first["loc"] if not _is_union_branch(part)]
     param = path[0] if path else None
     where = ".".join(path)

@@ -6,15 +6,15 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import grpc.aio
 import structlog
 from prometheus_client import CollectorRegistry
 
 from controlplane.gateway.generation import Generator
 from controlplane.gateway.http import HttpServer
 from controlplane.gateway.http_generate import GenerateHandlers
-from controlplane.gateway.inference import InferenceServicer
+from controlplane.gateway.inference import add_inference
 from controlplane.gateway.leader_link import GatewayIdentity, LeaderLink, LeaderSource
 from controlplane.gateway.limits import GatewayLimits
 from controlplane.gateway.messages import WorkerKey
@@ -31,7 +31,9 @@ from controlplane.runtime.clock import Clock
 from controlplane.runtime.ids import ClusterId, GatewayId, Incarnation, NodeId
 from controlplane.runtime.probe import refused_twice
 from controlplane.runtime.timing import Timings
-from protos.perdure.v1 import inference_pb2_grpc
+
+if TYPE_CHECKING:
+    import grpc.aio
 
 log = structlog.get_logger()
 
@@ -92,7 +94,7 @@ class Gateway:
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         """Serve Inference there."""
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._generator), server)
+        add_inference(server, self._generator)
 
     async def start(self) -> None:
         """Bind the HTTP port and look for the leader. Raises Rejected if the port is taken."""

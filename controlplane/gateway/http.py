@@ -84,13 +84,15 @@ class HttpServer:
     async def refuse_new(self) -> None:
         """Stop accepting: connections are refused, and requests on open ones answered with 503."""
         self._closing = True
-        if self._site is not None:
-            await self._site.stop()
+        site, self._site = self._site, None
+        if site is not None:
+            await site.stop()
 
     async def stop(self) -> None:
         """End everything that is still open."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
 
     @web.middleware
     async def _frame(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -82,6 +82,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
 
 
+def add_inference(server: grpc.aio.Server, generator: Generator) -> None:
+    """Serve Inference on `server`."""
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(generator), server)
+
+
 def parse(request: inference_pb2.GenerateRequest) -> CompletionRequest:
     """The request under the checks of the HTTP API, whose field names it shares. Raises ApiError."""
     if bool(request.prompt) == bool(request.prompt_ids):

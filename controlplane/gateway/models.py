@@ -62,6 +62,9 @@ class Catalogue:
         for model in self._models.values():
             model.capacities.clear()
         for row in rows:
+            if not row.model:
+                # Its deployment was removed; the replica only ends.
+                continue
             model = self._models.get(row.model)
             if model is None or model.deployment != row.deployment or model.model_path != row.model_path:
                 model = ServedModel(row.model, row.deployment, row.model_path, row.numerics, wall_s)

@@ -16,7 +16,7 @@ from controlplane.gateway.messages import (
     WorkerKey,
 )
 from controlplane.gateway.state import GatewayState, Worker, WorkerPhase
-from controlplane.runtime.ids import Attempt, NodeId
+from controlplane.runtime.ids import Attempt, NodeId, Slot
 from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.route import EndEntry, JournalPhase, Outcome, ReplicaEpoch, RouteCause, Routed
 from controlplane.runtime.messages.serve import CancelSlots, EndRequests, FinishReason
@@ -110,16 +110,12 @@ def release_slot(state: GatewayState, choice: ChoiceJournal) -> None:
         choice.slot = None
 
 
-def cancel_slots(state: GatewayState, key: WorkerKey, slots: tuple[int, ...], reason: Reason) -> list[Effect]:
-    """Tell the worker now, or when it is back."""
+def cancel_slots(state: GatewayState, key: WorkerKey, slots: tuple[Slot, ...], reason: Reason) -> list[Effect]:
+    """Free the sequences. Without a stream the next Sync does it, for it does not name them."""
     worker = state.workers.get(key)
-    if worker is None:
+    if worker is None or worker.phase != WorkerPhase.UP:
         return []
-    body = CancelSlots(slots=slots, reason=reason)  # pyright: ignore[reportArgumentType]
-    if worker.phase == WorkerPhase.UP:
-        return [SendWorker(key, body)]
-    worker.owed_slots.extend(body.slots)
-    return []
+    return [SendWorker(key, CancelSlots(slots=slots, reason=reason))]
 
 
 def move_on(

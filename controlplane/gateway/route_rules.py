@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from controlplane.gateway.messages import Counted, Effect, Failure, WorkerKey
-from controlplane.gateway.request_rules import CRASHES_MAX, ask_later, fail, move_on, place, starve, want_worker
+from controlplane.gateway.request_rules import CRASHES_MAX, ask, ask_later, fail, move_on, place, starve, want_worker
 from controlplane.gateway.state import GatewayState
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
@@ -123,6 +123,9 @@ def on_row(state: GatewayState, row: ReplicaRow, now: float) -> list[Effect]:
     state.rows[row.replica] = row
     if row.phase == ReplicaPhase.READY and row.serve_address:
         effects += want_worker(state, WorkerKey(row.serve_address), row.node)
+        for journal in state.journals.values():
+            if journal.ask_at is not None and journal.starved_since is not None:
+                effects += ask(state, journal, now)
     return effects
 
 

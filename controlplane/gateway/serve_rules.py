@@ -15,7 +15,6 @@ from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.route import JournalPhase, RouteCause
 from controlplane.runtime.messages.serve import (
     Admitted,
-    CancelSlots,
     EndRequests,
     Finish,
     FinishReason,
@@ -37,7 +36,7 @@ _COMPLETE = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 
 
 def on_worker_up(state: GatewayState, key: WorkerKey, now: float) -> list[Effect]:
-    """Sync what it may have, tell it what it missed, then send the bodies that wait."""
+    """Sync what it may have, tell it which requests ended meanwhile, then send the bodies that wait."""
     worker = state.workers.get(key)
     if worker is None:
         return []
@@ -48,15 +47,10 @@ def on_worker_up(state: GatewayState, key: WorkerKey, now: float) -> list[Effect
         if journal.opened:
             cursors += journal.cursors()
             journal.open_by = state.wake_at(now + state.timings.stage, journal)
-    effects: list[Effect] = []
-    if cursors:
-        effects.append(SendWorker(key, SyncSlots(slots=tuple(cursors))))
-    if worker.owed_slots:
-        gone = Reason(kind=ReasonKind.SUPERSEDED, text="left while the stream was broken")
-        effects.append(SendWorker(key, CancelSlots(slots=tuple(worker.owed_slots), reason=gone)))
+    # Even an empty Sync says something: what the worker still runs of ours, nobody waits for.
+    effects: list[Effect] = [SendWorker(key, SyncSlots(slots=tuple(cursors)))]
     if worker.owed_ends:
         effects.append(SendWorker(key, EndRequests(requests=tuple(worker.owed_ends))))
-    worker.owed_slots.clear()
     worker.owed_ends.clear()
     for journal in placed:
         if not journal.opened:
@@ -122,23 +116,22 @@ def on_step_tokens(state: GatewayState, key: WorkerKey, step: StepTokens, now: f
     start = 0
     for row, slot in enumerate(slots):
         count = counts[row]
-        finish = finishes.pop(Slot(slot), None)
+        finish, details = finishes.pop(Slot(slot), None), logprobs.pop(Slot(slot), None)
         owner = _owner(state, key, slot)
         if owner is None:
             effects.append(Counted("tokens_stale", count))
         else:
-            effects += _take(
-                state, *owner, first[row], tokens[start : start + count], finish, logprobs.get(slot), gaps, now
-            )
+            effects += _take(state, *owner, first[row], tokens[start : start + count], finish, details, gaps, now)
         start += count
-    for slot, finish in finishes.items():
+    # A finish without a token answers a replay that had nothing left; logprobs without one are the prompt's.
+    for slot in (*finishes, *(slot for slot in logprobs if slot not in finishes)):
         if (owner := _owner(state, key, slot)) is not None:
-            journal, choice = owner
-            effects += _take(
-                state, journal, choice, len(choice.tokens), _NO_TOKENS, finish, logprobs.get(slot), gaps, now
-            )
+            next_index = len(owner[1].tokens)
+            effects += _take(state, *owner, next_index, _NO_TOKENS, finishes.get(slot), logprobs.get(slot), gaps, now)
     if gaps:
-        effects += [Counted("gaps", len(gaps)), SendWorker(key, SyncSlots(slots=tuple(gaps)))]
+        effects.append(Counted("gaps", len(gaps)))
+        if state.workers[key].phase == WorkerPhase.UP:
+            effects.append(SendWorker(key, SyncSlots(slots=tuple(gaps))))
     return _fail_erroneous(state, step.finish, effects, now)
 
 
@@ -199,8 +192,8 @@ def _fresh_logprobs(
     return tuple(fresh)
 
 
-def _by_slot(logprobs: tuple[TokenLogprobs, ...]) -> dict[int, list[TokenLogprobs]]:
-    grouped: dict[int, list[TokenLogprobs]] = {}
+def _by_slot(logprobs: tuple[TokenLogprobs, ...]) -> dict[Slot, list[TokenLogprobs]]:
+    grouped: dict[Slot, list[TokenLogprobs]] = {}
     for item in logprobs:
         grouped.setdefault(item.slot, []).append(item)
     return grouped
@@ -219,7 +212,8 @@ def _fail_erroneous(
         elif (journal := state.journals.get(effect.request)) is not None:
             text = f"the engine ended the sequence: {finish.reason.name.lower()}"
             reason = finish.error or Reason(kind=ReasonKind.CANCELLED, text=text)
-            kept += fail(state, journal, Failure.ENGINE, reason, now)
+            late = reason.kind == ReasonKind.DEADLINE
+            kept += fail(state, journal, Failure.DEADLINE if late else Failure.ENGINE, reason, now)
     return kept
 
 

@@ -44,8 +44,7 @@ class Worker:
     phase: WorkerPhase = WorkerPhase.CONNECTING
     # When its sequences are taken for unreachable, while the phase is BROKEN.
     back_by: float | None = None
-    # What it must still be told when it is back.
-    owed_slots: list[Slot] = field(default_factory=list[Slot])
+    # Requests that ended while it could not be told.
     owed_ends: list[RequestId] = field(default_factory=list[RequestId])
 
 

@@ -137,7 +137,7 @@ class _TokenBytes:
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
         self._metaspace = "Metaspace" in kinds or "Replace" in kinds
-        self._bytes_of = _byte_level_alphabet() if self._byte_level else {}
+        self._bytes_of = byte_level_alphabet() if self._byte_level else {}
         self._known: dict[int, bytes] = {}
 
     def of(self, token: int) -> bytes:
@@ -169,7 +169,7 @@ def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
     return {part["type"] for part in parts}
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins: bytes that print stand for themselves, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}

@@ -131,9 +131,11 @@ class WorkerPeer(serve_pb2_grpc.ServingServicer):
 
     async def kill(self) -> None:
         """The process dies: streams break, the port refuses, everything is forgotten."""
-        assert self._server is not None
+        if self._server is None:
+            return
         self.sequences.clear()
-        await self._server.stop(None)
+        server, self._server = self._server, None
+        await server.stop(None)
 
     def break_streams(self) -> None:
         """Only the connection breaks: sequences stay, the port accepts."""
@@ -366,8 +368,10 @@ class LeaderPeer(route_pb2_grpc.RoutingServicer):
         await self._server.start()
 
     async def kill(self) -> None:
-        assert self._server is not None
-        await self._server.stop(None)
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        await server.stop(None)
 
     def tell(self, body: Any) -> None:
         for outbox in self.sessions:

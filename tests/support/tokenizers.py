@@ -36,7 +36,7 @@ def write_model(folder: Path, *, template: str | None = CHAT_TEMPLATE) -> Path:
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}
+    config = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": CONTEXT_TOKENS, "eos_token_id": 1}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}))
