@@ -79,7 +79,7 @@ def attend_tiles(q_BKRD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, group: TileGrou
     else:
         out, log_sum = _explicit(q_NKRD, k_NKLD, v_NKLD, group.mask, score)
     if len(group.levels) == 1 and score.sinks_H is None:
-        return out
+        return out.to(q_BKRD.dtype)
     return _merge(out, log_sum, group, score.sinks_H).to(q_BKRD.dtype)
 
 
