@@ -33,8 +33,8 @@ def runtime_dir() -> Path:
 
 
 def lock_path(cluster: ClusterId, node: NodeId, device: str) -> Path:
-    """The file whose lock is the device. A GPU has one name on a host; a share of the CPU is its cluster's node's own, so
-    that two clusters of one machine may call their nodes alike."""
+    """The file whose lock is the device. A GPU has one name on a host; a share of the CPU belongs to a cluster's node,
+    for two clusters of one machine may call their nodes alike."""
     folder = runtime_dir() / "devices"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     kind, index = _parse(device)
