@@ -58,18 +58,19 @@ class PeerConnection:
     @property
     def works(self) -> bool:
         """True while connected. Asking also starts an attempt to connect."""
-        return self._channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY
+        return self._state() is grpc.ChannelConnectivity.READY
 
     async def until_it_works(self) -> None:
-        while not self.works:
-            await self._next_state()
+        # Each state is read once: it changes in gRPC's threads, also between two lines of ours.
+        while (state := self._state()) is not grpc.ChannelConnectivity.READY:
+            await self._channel.wait_for_state_change(state)
 
     async def until_it_breaks(self) -> None:
-        while self.works:
-            await self._next_state()
+        while (state := self._state()) is grpc.ChannelConnectivity.READY:
+            await self._channel.wait_for_state_change(state)
 
     async def close(self) -> None:
         await self._channel.close(None)
 
-    async def _next_state(self) -> None:
-        await self._channel.wait_for_state_change(self._channel.get_state(try_to_connect=True))
+    def _state(self) -> grpc.ChannelConnectivity:
+        return self._channel.get_state(try_to_connect=True)
