@@ -80,6 +80,7 @@ class LeaseKeeper:
         self._backoff = Backoff(timings, random)
         self._lease = 0
         self._trusted_until = NEVER
+        self._registered = False
         self._muted = False
         self._doubted = False
         self._hurry = asyncio.Event()
@@ -114,6 +115,7 @@ class LeaseKeeper:
         while True:
             try:
                 await self._register(self._lease)
+                self._registered = True
                 return
             except NameTaken:
                 if self._clock.now() >= patience_ends:
@@ -127,7 +129,7 @@ class LeaseKeeper:
         """Renew for ever. Raises nothing that etcd causes."""
         wait = self._timings.keepalive_period
         while True:
-            await race(self._clock.sleep(wait), self._hurry.wait())
+            await race(self._clock.sleep(min(wait, self._trust_left())), self._hurry.wait())
             self._hurry.clear()
             wait = await self._turn()
 
@@ -155,6 +157,7 @@ class LeaseKeeper:
         except Rejected as refusal:
             # A lease without its key serves nobody.
             await self.close()
+            self._lost()
             self._emit(LeaseEventKind.REFUSED, refusal.reason)
             return self._timings.lease_ttl
         self._backoff.reset()
@@ -162,7 +165,7 @@ class LeaseKeeper:
 
     async def _keep(self) -> None:
         """Renew the lease, or take a new one if it is gone; put the key where it is missing."""
-        if self._lease and await self._keepalive(self._patience()) == 0:
+        if self._lease and await self._keepalive(min(self._timings.keepalive_deadline, self._trust_left())) == 0:
             self._lost()
         if not self._lease:
             await self._grant()
@@ -170,12 +173,13 @@ class LeaseKeeper:
         if self._doubted:
             if await self._register(self._lease):
                 self._emit(LeaseEventKind.RELET)
+            self._registered = True
             self._doubted = False
 
-    def _patience(self) -> float:
-        """Deadline of a renewal: it must not hide the moment when trust ends."""
+    def _trust_left(self) -> float:
+        """Seconds until trust ends, a moment that no wait may hide; infinite when it has ended or never began."""
         left = self._trusted_until - self._clock.now()
-        return min(self._timings.keepalive_deadline, left) if left > 0 else self._timings.keepalive_deadline
+        return left if left > 0 else float("inf")
 
     async def _keepalive(self, timeout: float) -> int:
         sent = self._clock.now()
@@ -203,7 +207,9 @@ class LeaseKeeper:
         self._lease = 0
         self._trusted_until = NEVER
         self._muted = False
-        self._emit(LeaseEventKind.GONE)
+        if self._registered:
+            self._registered = False
+            self._emit(LeaseEventKind.GONE)
 
     async def _grant(self) -> None:
         sent = self._clock.now()

@@ -261,6 +261,7 @@ async def test_a_name_taken_under_a_living_lease_is_asked_for_too(client: EtcdCl
         await client.put(keys.node(NODE), other, lease=usurper.id, timeout=T)
         first.keeper.relet()
         await first.saw(REFUSED)
+        assert first.kinds() == [GONE, REFUSED]
         assert not first.keeper.trusted
         await client.lease_revoke(usurper.id, timeout=T)
         await first.saw(RELET)
