@@ -174,7 +174,7 @@ def _assign_batch(
     """Assign one batch at least cost; the tickets that found no place, in order."""
     requests = [state.requests[ticket.request] for ticket in tickets]
     entries = [request.entry for request in requests]
-    steps_s = pace([replica.load for replica in replicas])
+    steps_s = pace([replica.load for replica in replicas], [_capacity(replica) for replica in replicas])
     costs = [_costs(state, request, replicas, steps_s, ready) for request in requests]
     room = [_room(state, replica) for replica in replicas]
     congestion = [
