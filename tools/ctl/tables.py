@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -94,7 +96,7 @@ def requests_table(rows: list[Row]) -> Table:
 
 def event_line(row: Row) -> Text:
     """One event: time, name, whom it concerns, why."""
-    time = row["time"].split("T")[1].split("+")[0]
+    time = datetime.fromisoformat(row["time"]).time().isoformat("milliseconds")
     subjects = [f"{key} {row[key]}" for key in ("node", "replica", "request") if row[key]]
     if row["epoch"]:
         subjects.append(f"epoch {row['epoch']}")
