@@ -36,11 +36,11 @@ class Feed:
         self._taken_at = self._loop.time()
         self._timer = self._loop.call_later(keepalive_s, self._keep_alive)
         self.failure: Failed | None = None
+        # Choices whose end the client's task has not taken yet.
         self.open_choices = 0
         self.cached_tokens = 0
 
     def push(self, piece: Piece) -> None:
-        self.open_choices -= piece.finish is not None
         self._pieces.append(piece)
         self._news.set()
 
@@ -59,7 +59,13 @@ class Feed:
         self._news.clear()
         self._taken_at = self._loop.time()
         pieces, self._pieces = self._pieces, []
+        self.open_choices -= sum(piece.finish is not None for piece in pieces)
         return pieces
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come: every choice's end was taken, or all that there was before a failure."""
+        return self.open_choices == 0 or (self.failure is not None and not self._pieces)
 
     def close(self) -> None:
         self._timer.cancel()

@@ -87,10 +87,6 @@ class Generation:
         """Id of the first journal, which names the response."""
         return self._sinks[0][0]
 
-    @property
-    def done(self) -> bool:
-        return self.feed.open_choices == 0
-
     def check(self) -> None:
         """Raise the response's failure as an ApiError, if there is one."""
         failed = self.feed.failure

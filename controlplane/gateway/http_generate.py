@@ -144,7 +144,7 @@ async def _answer(
     writer = _EventWriter(generation, shape, choices)
     while True:
         await response.write(writer.events(pieces) or KEEPALIVE)
-        if generation.feed.failure is not None or generation.done:
+        if generation.feed.over:
             break
         pieces = await generation.feed.news()
     await response.write(writer.ending(with_usage=request.include_usage))
@@ -182,9 +182,9 @@ class _EventWriter:
 
 async def _whole(generation: Generation, shape: Shape, n: int, choices: int) -> web.Response:
     answers: dict[int, Answer] = {}
-    while not generation.done:
+    while not generation.feed.over:
         gather(await generation.feed.news(), answers)
-        generation.check()
+    generation.check()
     echoes: list[Echo | None] = [generation.echo(choice) for choice in range(0, choices, n)]
     body = shape.whole(answers, echoes, n, generation.usage())
     return web.Response(body=body, content_type="application/json")

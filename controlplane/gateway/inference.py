@@ -46,12 +46,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         try:
             with await self._open(request, context.time_remaining()) as generation:
-                while not generation.done:
+                while not generation.feed.over:
                     pieces = await generation.feed.news()
-                    generation.check()
+                    last = len(pieces) - 1 if generation.feed.open_choices == 0 else None
                     for place, piece in enumerate(pieces):
-                        last = generation.done and place == len(pieces) - 1
-                        yield _response(generation, piece, last=last)
+                        yield _response(generation, piece, last=place == last)
+                generation.check()
         except ApiError as error:
             await _abort(context, error)
 

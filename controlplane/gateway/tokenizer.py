@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 
 from controlplane.gateway.chat_template import PLAIN_TEMPLATE, ChatTemplate, TemplateFailed, find_template
 from controlplane.runtime.errors import Retryable
@@ -47,7 +47,6 @@ class ModelTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special_tokens = _special_tokens(config)
-        _apply_bos_and_eos(self._tokenizer, config, self._special_tokens)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.eos_ids = _eos_ids(folder)
         self.context_tokens = _context_tokens(folder)
@@ -66,7 +65,8 @@ class ModelTokenizer:
             return None, str(error)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of a short text."""
+        """Ids of a short text. Which special tokens are added is said by tokenizer.json alone, as in transformers 5:
+        add_bos_token beside it means nothing."""
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -196,21 +196,6 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(text, str):
             found[name] = text
     return found
-
-
-def _apply_bos_and_eos(tokenizer: Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Explicit add_bos_token/add_eos_token replace the file's own post-processor, as in transformers."""
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return
-    before = special.get("bos_token") if config.get("add_bos_token") else None
-    after = special.get("eos_token") if config.get("add_eos_token") else None
-    known = {token: tokenizer.token_to_id(token) for token in (before, after) if token is not None}
-    if None in known.values():
-        return
-    single = " ".join([*([f"{before}:0"] if before else []), "$A:0", *([f"{after}:0"] if after else [])])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=f"{single} $B:1", special_tokens=[(token, known[token]) for token in known]
-    )
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:

@@ -12,9 +12,13 @@ from controlplane.gateway.tokenizer import ModelTokenizer
 from tests.support.tokenizers import TEXT, write_model
 
 
+@pytest.mark.parametrize("has_processor", [True, False])
 @pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True}])
-def test_chats_and_prompts_are_those_of_transformers(tmp_path: Path, config: dict[str, bool]):
+def test_chats_and_prompts_are_those_of_transformers(tmp_path: Path, config: dict[str, bool], has_processor: bool):
     folder = write_model(tmp_path)
+    if not has_processor:
+        file = folder / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     ours, reference = ModelTokenizer(folder), PreTrainedTokenizerFast.from_pretrained(str(folder))

@@ -25,27 +25,12 @@ def tokenizer(folder: Path) -> ModelTokenizer:
     return ModelTokenizer(folder)
 
 
-def change(folder: Path, tmp_path: Path, **config: object) -> ModelTokenizer:
-    """The same model with other settings in tokenizer_config.json."""
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return ModelTokenizer(tmp_path)
-
-
 def test_a_prompt_gets_its_bos_and_a_chat_brings_its_own(tokenizer: ModelTokenizer):
     assert tokenizer.encode("fox", add_special_tokens=True)[0] == 0
     assert 0 not in tokenizer.encode("fox", add_special_tokens=False)
     text = tokenizer.render_chat([{"role": "user", "content": "hi"}])
     assert text == "<s><|user|>hi<|end|><|assistant|>"
     assert tokenizer.encode(text, add_special_tokens=False).count(0) == 1
-
-
-@pytest.mark.parametrize(("add_bos", "expected"), [(True, True), (False, False)])
-def test_an_explicit_add_bos_token_wins(folder: Path, tmp_path: Path, add_bos: bool, expected: bool):
-    changed = change(folder, tmp_path, add_bos_token=add_bos)
-    assert (changed.encode("fox", add_special_tokens=True)[0] == 0) is expected
 
 
 def test_special_tokens_are_not_shown(tokenizer: ModelTokenizer):
