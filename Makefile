@@ -14,7 +14,7 @@ serve: $(STAMP)
 	@$(BIN)/perdure up $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -45,16 +45,21 @@ def perdure(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 class Up:
-    """One running `perdure up`."""
+    """One running `perdure up` or `perdure serve`."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, command: str, *arguments: str) -> None:
+        folder.mkdir(exist_ok=True)
         self.state_dir = folder / "state"
         self.ready_file = folder / "ready.json"
         self.ready_file.unlink(missing_ok=True)
         self.log = folder / "up.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*PERDURE, "up", "--state-dir", str(self.state_dir), "--ready-file", str(self.ready_file), *arguments],
+                [
+                    *(*PERDURE, command, *arguments),
+                    *("--state-dir", str(self.state_dir)),
+                    *("--ready-file", str(self.ready_file)),
+                ],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -95,8 +100,8 @@ class Up:
 
 
 @contextmanager
-def up(folder: Path, *arguments: str) -> Iterator[Up]:
-    running = Up(folder, *arguments)
+def up(folder: Path, *arguments: str, command: str = "up") -> Iterator[Up]:
+    running = Up(folder, command, *arguments)
     try:
         yield running
     finally:
@@ -173,6 +178,26 @@ def test_serves_heals_and_leaves_nothing(tmp_path: Path, model: Path) -> None:
         assert status["timing"] == {"failure_timeout_ms": 6000, "heartbeat_interval_ms": 1000}
         assert status["leader"]["pid"] == ready["processes"]["cp-0"]
         expect_gone(again.pids(), again.process.kill)
+
+
+@pytest.mark.cluster
+def test_one_command_a_host_makes_one_cluster(tmp_path: Path, model: Path) -> None:
+    ports = [str(free_port()) for _ in range(3)]
+    flags = [
+        *("--model-path", str(model), "--dtype", "float32", "--world-size", "2"),
+        *("--master-port", ports[0], "--grpc-port", ports[1], "--port", ports[2]),
+    ]
+    with (
+        up(tmp_path / "a", *flags, "--rank", "0", command="serve") as first,
+        up(tmp_path / "b", *flags, "--rank", "1", command="serve") as second,
+    ):
+        assert set(first.ready()["processes"]) == {"etcd", "cp-0", "worker-0"}
+        assert set(second.ready()["processes"]) == {"worker-1"}
+        assert second.ready()["urls"] == [f"http://127.0.0.1:{ports[2]}"]
+        assert complete(second.ready()["urls"][0], model.name)
+        for running in (second, first):
+            expect_gone(running.pids(), running.process.terminate)
+            assert running.process.wait() == 0
 
 
 @pytest.mark.cluster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Protocol
 
 from rich.console import Console
@@ -78,7 +79,9 @@ class PlainDisplay:
             self.line(f"{title}: {fraction:.0%}{f' ({note})' if note else ''}")
 
     def line(self, text: str) -> None:
-        print(text, flush=True)
+        # Whoever read our lines may be gone; the cluster is not for that.
+        with suppress(BrokenPipeError):
+            print(text, flush=True)
 
     def close(self) -> None:
         self._shown.clear()

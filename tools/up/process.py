@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +37,11 @@ class Child:
     us and the order of stopping stays ours, and is started again with a doubling pause when it dies.
     """
 
-    def __init__(self, spec: ChildSpec, timings: Timings, notice: Callable[[str], None], starts_max: int = 5) -> None:
+    def __init__(self, spec: ChildSpec, timings: Timings, notice: Callable[[str], None], failures_max: int = 5) -> None:
         self.spec = spec
         self._timings = timings
         self._notice = notice
-        self._starts_max = starts_max
+        self._failures_max = failures_max
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
 
@@ -64,23 +65,28 @@ class Child:
             )
 
     async def supervise(self) -> None:
-        """Start again whatever dies, until `stop`. Raises ChildFailed after `starts_max` short lives in a row."""
-        loop = asyncio.get_running_loop()
-        short_lives = 0
+        """Start again whatever dies, until `stop`. Raises ChildFailed after `failures_max` failures in a window.
+
+        What was killed from outside after it had lived for a while did not fail.
+        """
+        clock = asyncio.get_running_loop().time
+        failures: deque[float] = deque()
         while not self._stopping:
             assert self._process is not None
-            started = loop.time()
+            started = clock()
             code = await self._process.wait()
             if self._stopping:
                 return
-            short_lives = short_lives + 1 if loop.time() - started < self._timings.failure_timeout else 1
-            if short_lives >= self._starts_max:
+            if code >= 0 or clock() - started < self._timings.failure_timeout:
+                failures.append(clock())
+            while failures and clock() - failures[0] > self._timings.regroup_window:
+                failures.popleft()
+            if len(failures) >= self._failures_max:
                 raise ChildFailed(self._last_words(code))
             self._notice(f"{self.spec.name} {describe_exit(code)}; starting it again")
-            await asyncio.sleep(min(self._timings.failure_timeout, self._timings.reconnect_min * 2**short_lives))
-            if not self._stopping:
-                await self.start()
-                self._notice(f"{self.spec.name} is back, pid {self.pid}")
+            await asyncio.sleep(min(self._timings.failure_timeout, self._timings.reconnect_min * 2 ** len(failures)))
+            await self.start()
+            self._notice(f"{self.spec.name} is back, pid {self.pid}")
 
     async def stop(self, patience_s: float) -> None:
         """SIGTERM; SIGKILL what is still there after `patience_s` seconds."""
@@ -104,7 +110,7 @@ class Child:
     def _last_words(self, code: int) -> str:
         lines = self.spec.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n  ".join(
-            [f"{self.spec.name} {describe_exit(code)} {self._starts_max} times; {self.spec.log_path} ends:", *lines]
+            [f"{self.spec.name} {describe_exit(code)} {self._failures_max} times; {self.spec.log_path} ends:", *lines]
         )
 
 
