@@ -1,8 +1,10 @@
 """Expert parallelism: each rank computes the experts it holds, the ranks' results are summed.
 
-Every rank of the tensor group has every token of the step, so combining is one all-reduce; nothing is dropped and
-nothing has a capacity. One registered function serves every family through the attributes that transformers' expert
-modules share (`is_transposed`, `has_bias`, `has_gate`, `_apply_gate`).
+Two ways, both without capacity, so that no token is ever dropped. Where every rank has every token of the step, as
+under tensor parallelism, combining is one all-reduce. Where ranks have tokens of their own, `spread_forward` sends
+each choice to the rank that holds the expert and the result back, by all-to-all. One registered function serves every
+family through the attributes that transformers' expert modules share (`is_transposed`, `has_bias`, `has_gate`,
+`_apply_gate`).
 
 Shape letters: T tokens, K experts chosen a token, S = T·K choices, H hidden size, I an expert's inner size, E experts
 held here. Products go through the module's `matmul` as in tensor.py, one call an expert and projection, with the
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dataplane.parallel.groups import Group
+from dataplane.parallel.split import cut
 
 EXPERTS_IMPLEMENTATION = "perdure"
 
@@ -57,6 +60,38 @@ def experts_forward(module: nn.Module, x_TH: Tensor, chosen_TK: Tensor, weights_
     choices_SH[order_S] = y_SH
     weighted_TKH = choices_SH.view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
     return shard.group.all_reduce(weighted_TKH.sum(1).to(x_TH.dtype))
+
+
+def spread_forward(module: nn.Module, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor, group: Group) -> Tensor:
+    """As `experts_forward`, for tokens that only this rank has: T may differ from rank to rank.
+
+    Experts lie on the members of `group` as `split.cut` places them. Numbers of rows travel first: one host
+    synchronisation.
+    """
+    total = int(module.num_experts)  # type: ignore[arg-type]
+    limits = torch.tensor([cut(total, group.size, member)[1] for member in range(group.size)], device=x_TH.device)
+    experts_S = chosen_TK.reshape(-1)
+    owners_S, order_S = torch.sort(torch.bucketize(experts_S, limits, right=True), stable=True)
+    sent = torch.bincount(owners_S, minlength=group.size)
+    received = group.all_to_all(sent, [1] * group.size, [1] * group.size)
+    outgoing, incoming = sent.tolist(), received.tolist()
+    rows_RH = group.all_to_all(x_TH[order_S // chosen_TK.shape[1]], outgoing, incoming)
+    wanted_R1 = group.all_to_all(experts_S[order_S].unsqueeze(1), outgoing, incoming)
+    results_RH = _own_choices(module, rows_RH, wanted_R1.squeeze(1))
+    choices_SH = torch.empty(len(order_S), x_TH.shape[1], dtype=x_TH.dtype, device=x_TH.device)
+    choices_SH[order_S] = group.all_to_all(results_RH, incoming, outgoing)
+    weighted_TKH = choices_SH.view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
+    return weighted_TKH.sum(1).to(x_TH.dtype)
+
+
+def _own_choices(module: nn.Module, rows_RH: Tensor, experts_R: Tensor) -> Tensor:
+    """Each row through the expert it was sent for, all of which lie here."""
+    shard: ExpertShard = module.perdure_experts  # type: ignore[assignment]
+    sorted_R, order_R = torch.sort(experts_R - shard.first, stable=True)
+    compute = _by_groups if rows_RH.is_cuda else _by_expert
+    results_RH = torch.empty_like(rows_RH)
+    results_RH[order_R] = compute(module, rows_RH[order_R], sorted_R, shard.count)
+    return results_RH
 
 
 def _by_expert(module: nn.Module, x_SH: Tensor, sorted_S: Tensor, count: int) -> Tensor:

@@ -132,13 +132,17 @@ def tiny_model(folder: Path, family: str, **overrides: Any) -> Path:
     path = folder / "".join(letter if letter.isalnum() or letter in "-_=." else "_" for letter in name)[:120]
     if path.exists():
         return path
-    config = AutoConfig.for_model(family, **{**_BASE, **FAMILIES[family], **overrides})
-    model = random_model(config)
+    model = random_model(family_config(family, **overrides))
     making = path.with_name(f"{path.name}.making")
     model.save_pretrained(making)
     _write_tokenizer(making)
     making.rename(path)
     return path
+
+
+def family_config(family: str, **overrides: Any) -> Any:
+    """The config of a tiny model of `family`."""
+    return AutoConfig.for_model(family, **{**_BASE, **FAMILIES[family], **overrides})
 
 
 def random_model(config: Any) -> Any:

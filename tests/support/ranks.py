@@ -50,7 +50,7 @@ class RankPool:
             rank.wait()
         self._log.close()
 
-    def run(self, function: str, ranks: int, timeout_s: float = 120.0, **arguments: Any) -> list[Any]:
+    def run(self, function: str, ranks: int, timeout_s: float = 150.0, **arguments: Any) -> list[Any]:
         """`function` ("module:name") as `name(ranks: Ranks, **arguments)` on the first `ranks` processes.
 
         Arguments and results are plain data. Raises AssertionError with the traceback of the ranks that failed.

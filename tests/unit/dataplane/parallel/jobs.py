@@ -10,7 +10,9 @@ import torch
 
 from controlplane.runtime.errors import PeerLost
 from dataplane.parallel.collectives import all_gather_data, all_reduce_many, broadcast_data, reduce_data
+from dataplane.parallel.data import average_gradients, gather_data, gather_rows, scatter_data, scatter_rows
 from dataplane.parallel.groups import MAX, MEAN, MIN, SUM, Group
+from dataplane.parallel.pipeline import StageLink
 from dataplane.parallel.shared_memory import SLOT_BYTES
 from tests.support.ranks import Ranks
 
@@ -136,3 +138,43 @@ def point_to_point(ranks: Ranks) -> list[float]:
     rows = torch.full((group.size, 1), float(ranks.rank))
     spread = group.all_to_all(rows, [1] * group.size, [1] * group.size)
     return [float(got[0]), *spread.flatten().tolist()]
+
+
+def spread_batch(ranks: Ranks) -> dict[str, Any]:
+    group = ranks.mesh(data=ranks.size).data
+    items, rows = list(range(7)), torch.arange(7.0).unsqueeze(1)
+    first = ranks.rank == 0
+    part: list[int] = scatter_data(group, items if first else None)
+    mine = scatter_rows(group, rows if first else None, rows)
+    gradients = [torch.full((2,), float(ranks.rank)), torch.full((1,), 2.0)]
+    return {
+        "part": part,
+        "rows": mine.flatten().tolist(),
+        "gathered": gather_data(group, [item * 10 for item in part]),
+        "gathered rows": gather_rows(group, mine * 10).flatten().tolist(),
+        "gradients": [item.tolist() for item in average_gradients(group, gradients)],
+    }
+
+
+def spread_few(ranks: Ranks) -> list[str]:
+    return scatter_data(ranks.mesh(data=ranks.size).data, ["only"] if ranks.rank == 0 else None)
+
+
+def micro_batches(ranks: Ranks) -> list[list[float]]:
+    """Four micro-batches under way at once; each stage adds its part, the last one's "tokens" return to the first."""
+    mesh = ranks.mesh(pipeline=ranks.size)
+    link = StageLink(mesh.pipeline, 2, torch.float32, torch.device("cpu"))
+    sizes = [1, 2, 3, 4]
+    sampled: list[torch.Tensor] = []
+    for size in sizes:
+        hidden_TH = torch.full((size, 2), float(size)) if mesh.is_first_stage else link.receive_hidden(size)
+        if not mesh.is_first_stage:
+            hidden_TH = hidden_TH + size
+        if mesh.is_last_stage:
+            sampled.append(link.return_tokens(hidden_TH[:, 0].long(), size))
+        else:
+            link.send_hidden(hidden_TH)
+    if mesh.is_first_stage:
+        sampled = [link.return_tokens(None, size) for size in sizes]
+    link.drain()
+    return [item.float().tolist() for item in sampled]
