@@ -45,12 +45,19 @@ def token_words(ids: Tensor) -> Tensor:
     return ids.to(torch.int32) * _signed(_STEP | 1)
 
 
-def gumbel(keys_M: Tensor, words: Tensor) -> Tensor:
-    """Float32 Gumbel numbers for keys (M,) and token words (C,) or (M, C) → (M, C)."""
+def uniform(keys_M: Tensor, words: Tensor) -> Tensor:
+    """Float32 numbers in (0, 1) for keys (M,) and token words (C,) or (M, C) → (M, C)."""
     hashed = mix_(keys_M.unsqueeze(-1) ^ words)
-    # 31 bits, finest where the numbers are largest: the rare big ones decide a draw among many tokens.
-    uniform = hashed.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    # 31 bits, finest near 0: there lie the rare draws that decide among many tokens.
+    return hashed.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+
+
+def gumbel(keys_M: Tensor, words: Tensor) -> Tensor:
+    """Gumbel numbers -log(-log(1 - u)) of `uniform`.
+
+    In float64 and back: a float32 logarithm's last bit may depend on the place in the array.
+    """
+    return uniform(keys_M, words).double().neg_().log1p_().neg_().log_().neg_().float()
 
 
 def mix_(words: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Shape letters: N rows, M some of them, V vocabulary, C candidates of a row (its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,17 @@ import torch
 from torch import Tensor
 
 from controlplane.runtime.messages.common import Sampling
-from dataplane.engine.noise import draw_key, gumbel, keys, token_words
+from dataplane.engine.noise import draw_key, gumbel, keys, token_words, uniform
 
-CANDIDATES = 1024
-"""Rows are cut by their largest logits first, and by the whole row only if these do not decide."""
+CANDIDATES = 256
+"""Filters look at so many of a row's largest logits first: enough for almost any text, and an eighth of the time that
+all of a large vocabulary takes."""
+
+CANDIDATES_MORE = 4096
+"""And at so many next, before the whole row is sorted."""
+
+CHUNK_ELEMENTS = 1 << 18
+"""Rows are drawn in chunks of about so many logits, which a core's cache holds."""
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this take the arg-max."""
@@ -68,79 +75,107 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._words_V = token_words(torch.arange(vocab_size, device=device))
         self._device = device
+        self._chunk_rows = max(CHUNK_ELEMENTS // vocab_size, 1)
 
     def sample(self, logits_NV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         """(N,) int64 token ids, still on the device; -1 where a row's logits are no numbers."""
-        best_N = logits_NV.argmax(-1)
-        # A NaN is the largest value to arg-max, so the best one tells for the row.
-        sound_N = torch.isfinite(logits_NV.gather(-1, best_N.unsqueeze(-1))).squeeze(-1)
-        chosen = [index for index, row in enumerate(rows) if not row.is_plain]
-        if chosen:
-            index_M = torch.tensor(chosen, device=self._device)
-            logits_MV = logits_NV.index_select(0, index_M).float()
-            best_N[index_M] = self._draw(logits_MV, [rows[index] for index in chosen])
-        return torch.where(sound_N, best_N, -1)
+        # A NaN is the largest value to max, so the best one tells for the row. argmax takes four times as long.
+        best_N, tokens_N = logits_NV.max(-1)
+        for draw, indices in self._by_kind(rows):
+            for start in range(0, len(indices), self._chunk_rows):
+                chunk = indices[start : start + self._chunk_rows]
+                index_M = torch.tensor(chunk, device=self._device)
+                tokens_N[index_M] = draw(logits_NV.index_select(0, index_M).float(), [rows[i] for i in chunk])
+        return tokens_N.masked_fill_(~torch.isfinite(best_N), -1)
 
-    def _draw(self, logits_MV: Tensor, rows: list[SampleRow]) -> Tensor:
+    def _by_kind(self, rows: Sequence[SampleRow]) -> Iterator[tuple[_Draw, list[int]]]:
+        """Rows that need more than the arg-max of raw logits, by how they are drawn."""
+        kinds: dict[_Draw, list[int]] = {}
+        for index, row in enumerate(rows):
+            sampling = row.sampling
+            if row.is_plain:
+                continue
+            if row.is_greedy:
+                draw = self._take_best
+            elif 0 < sampling.top_k <= CANDIDATES:
+                draw = self._draw_short
+            elif sampling.top_k or sampling.min_p > 0 or sampling.top_p < 1:
+                draw = self._draw_cut
+            else:
+                draw = self._draw_whole
+            kinds.setdefault(draw, []).append(index)
+        yield from kinds.items()
+
+    def _take_best(self, logits_MV: Tensor, rows: list[SampleRow]) -> Tensor:
         adjust(logits_MV, rows)
-        tokens_M = logits_MV.argmax(-1)
-        drawn = [index for index, row in enumerate(rows) if not row.is_greedy]
-        if drawn:
-            index_M = torch.tensor(drawn, device=self._device)
-            tokens_M[index_M] = self._draw_scaled(logits_MV.index_select(0, index_M), [rows[i] for i in drawn])
-        return tokens_M
+        return logits_MV.max(-1).indices
 
-    def _draw_scaled(self, logits_MV: Tensor, rows: list[SampleRow]) -> Tensor:
-        settings = [row.sampling for row in rows]
-        logits_MV /= self._column([s.temperature for s in settings])
-        keys_M = keys([draw_key(row.sampling.seed, row.position) for row in rows], self._device)
-        tokens_M = torch.empty(len(rows), dtype=torch.long, device=self._device)
-        short = [index for index, s in enumerate(settings) if 0 < s.top_k <= CANDIDATES]
-        if short:
-            index_M = torch.tensor(short, device=self._device)
-            tokens_M[index_M] = self._draw_short(logits_MV[index_M], keys_M[index_M], [settings[i] for i in short])
-        for index in set(range(len(rows))).difference(short):
-            setting = settings[index]
-            draw = self._draw_cut if setting.top_k or setting.min_p > 0 or setting.top_p < 1 else self._draw_whole
-            tokens_M[index] = draw(logits_MV[index], keys_M[index : index + 1], setting)
-        return tokens_M
+    def _draw_whole(self, logits_MV: Tensor, rows: list[SampleRow]) -> Tensor:
+        """Any token may be drawn."""
+        keys_M = self._scale(logits_MV, rows)
+        if self._device.type != "cpu" or logits_MV.shape[1] <= CANDIDATES_MORE:
+            return gumbel(keys_M, self._words_V).add_(logits_MV).argmax(-1)
+        return torch.stack([self._race(row_V, key) for row_V, key in zip(logits_MV, keys_M.split(1), strict=True)])
 
-    def _draw_short(self, logits_MV: Tensor, keys_M: Tensor, settings: list[Sampling]) -> Tensor:
-        """Rows whose top-k is among the candidates."""
+    def _race(self, logits_V: Tensor, key_1: Tensor) -> Tensor:
+        """The arg-max of logit + Gumbel number, with logarithms for the few tokens only that may have it.
+
+        With g = -log E, E = -log(1 - u) >= u: a token beats score s only if u <= E < exp(logit - s). One score to beat
+        is that of the largest logit.
+        """
+        best = logits_V.argmax()
+        score = logits_V[best] + gumbel(key_1, self._words_V[best : best + 1]).view(())
+        # Slightly wider than the bound, for the rounding of both sides.
+        bound_V = (logits_V - (score - 1e-3)).exp_()
+        bound_V[best] = 1
+        ids_C = (uniform(key_1, self._words_V).view(-1) <= bound_V).nonzero().view(-1)
+        return ids_C[gumbel(key_1, self._words_V[ids_C]).view(-1).add_(logits_V[ids_C]).argmax()]
+
+    def _draw_short(self, logits_MV: Tensor, rows: list[SampleRow]) -> Tensor:
+        """Rows whose top-k is among the first candidates."""
+        keys_M = self._scale(logits_MV, rows)
         values_MC, ids_MC = logits_MV.topk(min(CANDIDATES, logits_MV.shape[1]))
-        lowest_M1 = self._lowest(values_MC, settings, None)
-        return self._draw_among(values_MC, ids_MC, lowest_M1, keys_M)
+        return self._draw_among(values_MC, ids_MC, self._lowest(values_MC, rows, None), keys_M)
 
-    def _draw_cut(self, logits_V: Tensor, key_1: Tensor, setting: Sampling) -> Tensor:
-        """A row of which any number of tokens may stay. The candidates decide if all that stay are among them."""
-        vocab = logits_V.shape[0]
-        values_1C, ids_1C = logits_V.unsqueeze(0).topk(min(CANDIDATES, vocab))
-        floor = values_1C[:, :1] + _log(setting.min_p)
-        kept_V = logits_V.masked_fill(logits_V < floor[0], _OUT)
-        total_11 = (1 / kept_V.softmax(-1).amax()).view(1, 1)
-        # Elsewhere the question would stop the host: sort.
-        if self._device.type != "cpu" or setting.top_k or not _covers(values_1C, floor, total_11, setting.top_p):
-            values_1C, ids_1C = logits_V.unsqueeze(0).sort(descending=True)
-            total_11 = None
-        return self._draw_among(values_1C, ids_1C, self._lowest(values_1C, [setting], total_11), key_1).squeeze(0)
+    def _draw_cut(self, logits_MV: Tensor, rows: list[SampleRow]) -> Tensor:
+        """Rows of which any number of tokens may stay: as many candidates are taken as hold them all."""
+        keys_M = self._scale(logits_MV, rows)
+        if logits_MV.shape[1] <= CANDIDATES_MORE:
+            values_MV, ids_MV = logits_MV.sort(descending=True)
+            return self._draw_among(values_MV, ids_MV, self._lowest(values_MV, rows, None), keys_M)
+        floor_M1 = logits_MV.amax(-1, keepdim=True) + self._column([_log(row.sampling.min_p) for row in rows])
+        kept_MV = logits_MV.masked_fill(logits_MV < floor_M1, _OUT)
+        total_M1 = 1 / kept_MV.softmax(-1).amax(-1, keepdim=True)
+        tokens = [
+            self._draw_row(logits_MV[i : i + 1], floor_M1[i], total_M1[i : i + 1], keys_M[i : i + 1], rows[i])
+            for i in range(len(rows))
+        ]
+        return torch.cat(tokens)
 
-    def _draw_whole(self, logits_V: Tensor, key_1: Tensor, _: Sampling) -> Tensor:
-        """Any token may be drawn. Row by row: the numbers of one row stay in a core's cache."""
-        return gumbel(key_1, self._words_V).squeeze(0).add_(logits_V).argmax()
+    def _draw_row(self, logits_1V: Tensor, floor_1: Tensor, total_11: Tensor, key_1: Tensor, row: SampleRow) -> Tensor:
+        sampling = row.sampling
+        # Elsewhere the question whether a few are enough would stop the host.
+        widths = (CANDIDATES, CANDIDATES_MORE) if self._device.type == "cpu" and not sampling.top_k else ()
+        for width in widths:
+            values_1C, ids_1C = logits_1V.topk(width)
+            if _holds_all(values_1C[0], floor_1, total_11[0], sampling.top_p):
+                return self._draw_among(values_1C, ids_1C, self._lowest(values_1C, [row], total_11), key_1)
+        values_1C, ids_1C = logits_1V.sort(descending=True)
+        return self._draw_among(values_1C, ids_1C, self._lowest(values_1C, [row], None), key_1)
 
     def _draw_among(self, values_MC: Tensor, ids_MC: Tensor, lowest_M1: Tensor, keys_M: Tensor) -> Tensor:
         scores_MC = gumbel(keys_M, self._words_V[ids_MC]).add_(values_MC).masked_fill_(values_MC < lowest_M1, _OUT)
         return ids_MC.gather(-1, scores_MC.argmax(-1, keepdim=True)).squeeze(-1)
 
-    def _lowest(self, values_MC: Tensor, settings: list[Sampling], total_M1: Tensor | None) -> Tensor:
+    def _lowest(self, values_MC: Tensor, rows: list[SampleRow], total_M1: Tensor | None) -> Tensor:
         """The lowest logit that stays in each row. `total_M1`: weight, relative to the largest, of all that min-p and
         top-k leave; absent: all of that is among the candidates."""
+        settings = [row.sampling for row in rows]
         width = values_MC.shape[1]
         best_M1 = values_MC[:, :1]
         rank_M1 = self._column([min(s.top_k or width, width) for s in settings]).long() - 1
-        lowest_M1 = torch.maximum(
-            best_M1 + self._column([_log(s.min_p) for s in settings]), values_MC.gather(-1, rank_M1)
-        )
+        floor_M1 = best_M1 + self._column([_log(s.min_p) for s in settings])
+        lowest_M1 = torch.maximum(floor_M1, values_MC.gather(-1, rank_M1))
         weights_MC = (values_MC - best_M1).exp_().masked_fill_(values_MC < lowest_M1, 0)
         sums_MC = weights_MC.cumsum(-1)
         total_M1 = sums_MC[:, -1:] if total_M1 is None else total_M1
@@ -150,8 +185,18 @@ class Sampler:
         nucleus_M1 = values_MC.gather(-1, count_M1 - 1)
         return torch.where(mass_M1 < 1, torch.maximum(lowest_M1, nucleus_M1), lowest_M1)
 
+    def _scale(self, logits_MV: Tensor, rows: list[SampleRow]) -> Tensor:
+        """Adjust and divide by temperature, in place. Returns the rows' keys."""
+        adjust(logits_MV, rows)
+        logits_MV /= self._column([row.sampling.temperature for row in rows])
+        return keys([draw_key(row.sampling.seed, row.position) for row in rows], self._device)
+
     def _column(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(-1)
+
+
+_Draw = Callable[[Tensor, list[SampleRow]], Tensor]
+"""(logits_MV float32, changed at will; rows) -> tokens_M."""
 
 
 def adjust(logits_MV: Tensor, rows: Sequence[SampleRow]) -> None:
@@ -182,11 +227,11 @@ def _penalise(logits_V: Tensor, row: SampleRow) -> None:
     logits_V[said] -= times * sampling.frequency_penalty + sampling.presence_penalty
 
 
-def _covers(values_1C: Tensor, floor_11: Tensor, total_11: Tensor, mass: float) -> bool:
-    """Whether no token beyond the candidates can stay."""
-    if bool(values_1C[0, -1] < floor_11):
+def _holds_all(values_C: Tensor, floor_1: Tensor, total_1: Tensor, mass: float) -> bool:
+    """Whether no token beyond these candidates can stay."""
+    if bool(values_C[-1] < floor_1):
         return True
-    return mass < 1 and bool((values_1C - values_1C[:, :1]).exp().sum() >= mass * total_11)
+    return mass < 1 and bool((values_C - values_C[0]).exp().sum() >= mass * total_1)
 
 
 def _ids(ids: Iterable[int], like: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class BatchScheduler:
     def plan(self, tokens_max: int) -> StepPlan | None:
         """The next step, of at most about `tokens_max` tokens: running sequences always decode, and some prompt goes
         on. None: nothing can run before a step in flight is done."""
-        if any(entry.sequence.request.solo for flight in self._flights.values() for entry in flight):
+        if any(entry.sequence.is_solo for flight in self._flights.values() for entry in flight):
             return None
         floor = len(self._book.running) + self._limits.block_tokens
         draft = Draft(min(max(tokens_max, floor), self._limits.max_batch_tokens), self._limits.max_logits)
@@ -180,18 +180,19 @@ class BatchScheduler:
 
     def _plan_solo(self, draft: Draft) -> bool:
         """Give the whole step to the first sequence that must run alone. False: there is none, or it cannot run yet."""
-        solo = min((s for s in self._book.sequences.values() if s.request.solo), key=by_rank, default=None)
+        solo = min((s for s in self._book.sequences.values() if s.is_solo), key=by_rank, default=None)
         if solo is None or not (solo.id in self._book.running or self._admit(solo)):
             return False
         # Steps in flight hold others: the turn is spent on waiting for them.
-        if not self._flights:
-            self._advance(solo, draft)
-        return True
+        if self._flights:
+            return True
+        self._advance(solo, draft)
+        return bool(draft.entries)
 
     def _plan_shared(self, draft: Draft) -> None:
         """Decodes of all running sequences, then prompts by rank."""
         self._yield_to_priority()
-        running = [s for s in sorted(self._book.running.values(), key=by_rank) if not s.request.solo]
+        running = [s for s in sorted(self._book.running.values(), key=by_rank) if not s.is_solo]
         for sequence in running:
             if sequence.is_decoding:
                 self._advance(sequence, draft)
@@ -207,7 +208,7 @@ class BatchScheduler:
             if sequence.id not in self._book.running:
                 if not admits or self._shares_soon(sequence, coming):
                     continue
-                if sequence.request.solo:
+                if sequence.is_solo:
                     # It gets its own step; until it fits, nobody behind it takes the blocks it waits for.
                     admits = self._fits(sequence, self._hits(sequence))
                     continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from controlplane.runtime.messages.common import Reason, Sampling
+from controlplane.runtime.messages.common import SOLO_TOKENS, Reason, Sampling
 from controlplane.runtime.messages.serve import FinishReason
 from dataplane.frames import SequenceId
 
@@ -77,6 +77,13 @@ class Sequence:
     @property
     def id(self) -> SequenceId:
         return self.request.id
+
+    @property
+    def is_solo(self) -> bool:
+        """It must run alone. Over after SOLO_TOKENS tokens: else every stream that a killed engine held would go on one
+        by one."""
+        given = len(self.tokens) - self.prompt_length - len(self.request.delivered)
+        return self.request.solo and given < SOLO_TOKENS
 
     @property
     def length(self) -> int:

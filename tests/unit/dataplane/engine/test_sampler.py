@@ -11,7 +11,7 @@ from controlplane.runtime.messages.common import Sampling
 from controlplane.runtime.packing import unpack_f32, unpack_u32
 from dataplane.engine.logprobs import describe
 from dataplane.engine.noise import draw_key, gumbel, keys, mix, mix_, token_words
-from dataplane.engine.sampler import CANDIDATES, Sampler, SampleRow, adjust
+from dataplane.engine.sampler import CANDIDATES_MORE, Sampler, SampleRow, adjust
 from dataplane.engine.validation import refusal
 from dataplane.frames import SequenceId
 
@@ -153,18 +153,20 @@ def keep(logits: Tensor, sampling: Sampling) -> Tensor:
         Sampling(top_p=0.5, temperature=0.4),
         Sampling(top_p=0.999, temperature=2.0),
         Sampling(top_k=40, top_p=0.9),
-        Sampling(top_k=CANDIDATES + 500),
-        Sampling(top_k=CANDIDATES + 500, top_p=0.97, min_p=1e-4),
+        Sampling(top_k=CANDIDATES_MORE + 500),
+        Sampling(top_k=CANDIDATES_MORE + 500, top_p=0.97, min_p=1e-4),
         Sampling(min_p=0.001, temperature=1.5),
         Sampling(min_p=0.05, top_p=0.8),
+        Sampling(),
+        Sampling(temperature=5.0),
     ],
 )
 def test_large_vocabulary_draws_as_the_definition_masks(sampling: Sampling) -> None:
     """Candidates or the whole row: the same token as arg-max over the tokens that stay."""
     torch.manual_seed(2)
-    logits = torch.randn(5000) * 3
+    logits = torch.randn(9000) * 3
     masked = (logits / sampling.temperature).masked_fill(~keep(logits, sampling), -math.inf)
-    words = token_words(torch.arange(5000))
+    words = token_words(torch.arange(9000))
     for position in range(30):
         noise = gumbel(keys([draw_key(9, position)], CPU), words)[0]
         seeded = Sampling(**{**{name: getattr(sampling, name) for name in FIELDS}, "seed": 9})

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.runtime.messages.common import ReasonKind, Sampling
+from controlplane.runtime.messages.common import SOLO_TOKENS, ReasonKind, Sampling
 from controlplane.runtime.messages.serve import FinishReason
 from controlplane.runtime.packing import unpack_u32
 from dataplane.engine.plan import decode_plan, encode_plan
@@ -182,9 +182,9 @@ def test_waiting_long_enough_is_worth_a_priority_level() -> None:
 def test_solo_sequence_has_every_step_to_itself() -> None:
     machine = Machine(limits(), depth=2)
     machine.submit(
-        request(1, [1] * 4, Sampling(max_tokens=6)),
-        request(2, [2] * 20, Sampling(max_tokens=6), solo=True),
-        request(3, [3] * 4, Sampling(max_tokens=6)),
+        request(1, [1] * 4, Sampling(max_tokens=SOLO_TOKENS + 2)),
+        request(2, [2] * 20, Sampling(max_tokens=SOLO_TOKENS), solo=True),
+        request(3, [3] * 4, Sampling(max_tokens=SOLO_TOKENS + 2)),
     )
     machine.drain()
     steps = [machine.members(plan) for plan in machine.plans]
@@ -193,6 +193,18 @@ def test_solo_sequence_has_every_step_to_itself() -> None:
     shared = [index for index, step in enumerate(steps) if step != [2]]
     assert steps.index([2]) < shared[-1]
     assert shared[0] < len(steps) - 1 - steps[::-1].index([2])
+
+
+def test_solo_sequence_is_acquitted_and_joins_the_others() -> None:
+    machine = Machine(limits(), depth=1)
+    machine.submit(
+        request(1, [1] * 4, Sampling(max_tokens=40)),
+        request(2, [2] * 4, Sampling(max_tokens=20), delivered=[7, 7], solo=True),
+    )
+    machine.drain()
+    steps = [machine.members(plan) for plan in machine.plans]
+    assert sum(step == [2] for step in steps) == SOLO_TOKENS
+    assert any(sorted(step) == [1, 2] for step in steps)
 
 
 def test_lookahead_feeds_a_token_back_before_it_is_known() -> None:
