@@ -45,6 +45,8 @@ def welcome(state: ClusterState, connection: ConnectionId, hello: WorkerHello) -
     if node.link is not None:
         reason = Reason(kind=ReasonKind.SUPERSEDED, text="a newer session of the same process", node=node.node)
         state.close_link(node.link, reason)
+        if node.phase in (NodePhase.LIVE, NodePhase.DRAINING):
+            _unreachable(state, node, reason)
     node.link = state.links[connection] = Link(connection, node, state.mint_session())
     node.known = False
     node.chunks = SnapshotChunks()

@@ -64,7 +64,8 @@ def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequen
         replica.phase = ReplicaPhase.DEGRADED
         state.record("replica_degraded", replica=replica, reason=reason, details={"failures": str(len(failures))})
     else:
-        replica.retry_s = state.timings.heartbeat_interval * 2 ** (len(failures) - 1)
+        # at once, then after one interval, three, seven, ...
+        replica.retry_s = state.timings.heartbeat_interval * (2 ** (len(failures) - 1) - 1)
 
 
 def pardon(state: ClusterState, replica: Replica) -> None:

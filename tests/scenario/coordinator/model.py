@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from controlplane.core.messages import (
+    CloseConnection,
     ConnectionId,
     DeletePlacement,
     Effect,
@@ -237,6 +238,8 @@ class Cluster:
                 for gateway in self.gateways.values():
                     if gateway.connection == effect.connection and isinstance(effect.body, GatewayWelcome):
                         gateway.session = effect.body.session
+            case CloseConnection():
+                self._closed_from_above(effect.connection)
             case WritePlacement() | DeletePlacement() | WriteDeployment():
                 self.writes.append(effect)
             case Probe():
@@ -258,6 +261,15 @@ class Cluster:
             peer.connection = None
         other.workers, other.gateways = self.workers, self.gateways
         return other
+
+    def _closed_from_above(self, connection: ConnectionId) -> None:
+        for worker in self.workers.values():
+            if worker.connection == connection:
+                worker.connection, worker.session = None, SessionId(0)
+                worker.inbox.clear()
+        for peer in self.gateways.values():
+            if peer.connection == connection:
+                peer.connection = None
 
     # ------------------------------------------------------------ etcd
 
@@ -512,7 +524,9 @@ class Cluster:
             effects.extend(happened)
         return peer
 
-    def open_gateway(self, peer: GatewayPeer, journals: tuple[JournalInfo, ...] = ()) -> list[Effect]:
+    def open_gateway(
+        self, peer: GatewayPeer, journals: tuple[JournalInfo, ...] = (), *, last: bool = True
+    ) -> list[Effect]:
         self.connections += 1
         peer.connection = ConnectionId(self.connections)
         peer.sent = 0
@@ -526,7 +540,7 @@ class Cluster:
             host=f"{peer.gateway}.host",
         )
         effects = self.step(GatewayOpened(peer.connection, hello))
-        return effects + self.tell(peer, Inventory(journals=journals))
+        return effects + self.tell(peer, Inventory(journals=journals, last=last))
 
     def tell(self, peer: GatewayPeer, body: RouteUp) -> list[Effect]:
         assert peer.connection is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from controlplane.core.entities import LeaderPhase, NodePhase
 from controlplane.core.messages import (
@@ -37,7 +37,8 @@ from tests.scenario.coordinator.model import Cluster, GatewayPeer, Worker, deplo
 
 WORKERS = ("w1", "w2", "w3")
 DEVICES = 2
-TICKS_TO_HEAL = 80
+TICKS_OF_GRACE = 9
+TICKS_TO_HEAL = 60
 
 
 class Journals:
@@ -91,8 +92,8 @@ class RandomOrders(RuleBasedStateMachine):
     gateway: GatewayPeer
     journals: Journals
 
-    @initialize(replicas=st.integers(1, 3), tensor=st.integers(1, 2))
-    def start(self, replicas: int, tensor: int) -> None:
+    @initialize(replicas=st.integers(1, 3), tensor=st.integers(1, 2), workers=st.integers(0, 3), calm=st.booleans())
+    def start(self, replicas: int, tensor: int, workers: int, calm: bool) -> None:
         self.cluster = Cluster()
         self.journals = Journals()
         self.cluster.watch = self.journals.take
@@ -100,6 +101,24 @@ class RandomOrders(RuleBasedStateMachine):
         self.cluster.load()
         self.requests = 0
         self.gateway = self.cluster.add_gateway("g1")
+        for name in WORKERS[:workers]:
+            self.worker_comes(name)
+        self.cluster.settle()
+        if calm:
+            for _ in range(TICKS_OF_GRACE):
+                self.cluster.tick()
+
+    @invariant()
+    def gateway_knows_what_ended(self) -> None:
+        """A connected gateway was told of every end of an epoch that it placed requests on."""
+        state = self.cluster.state
+        if self.gateway.connection is None or state.over:
+            return
+        for name, epoch in self.journals.placed.values():
+            replica = state.replicas.get(name)
+            assert replica is not None, f"{name} went without a word"
+            assert replica.epoch == epoch, f"{name} went from {epoch} to {replica.epoch} without a word"
+            assert replica.holds_devices, f"{name} was closed without a word"
 
     # ------------------------------------------------------------ workers
 
@@ -121,20 +140,30 @@ class RandomOrders(RuleBasedStateMachine):
             self.cluster.attach(known)
 
     @precondition(lambda self: self.connected())
-    @rule(data=st.data(), how=st.sampled_from(("die", "break", "stop", "go on", "hide")))
-    def worker_fails(self, data: st.DataObject, how: str) -> None:
+    @rule(data=st.data(), settles=st.booleans())
+    def worker_dies(self, data: st.DataObject, settles: bool) -> None:
+        self.cluster.kill(data.draw(st.sampled_from(self.connected())))
+        if settles:
+            self.cluster.settle()
+
+    @precondition(lambda self: self.connected())
+    @rule(data=st.data(), refuses=st.booleans(), settles=st.booleans(), unnoticed=st.booleans())
+    def worker_stream_breaks(self, data: st.DataObject, refuses: bool, settles: bool, unnoticed: bool) -> None:
         worker = data.draw(st.sampled_from(self.connected()))
-        match how:
-            case "die":
-                self.cluster.kill(worker)
-            case "break":
-                self.cluster.break_stream(worker)
-            case "stop":
-                worker.stopped = True
-            case "go on":
-                worker.stopped = False
-            case _:
-                worker.refuses = not worker.refuses
+        worker.refuses = refuses
+        if unnoticed:
+            self.cluster.attach(worker)
+        else:
+            self.cluster.break_stream(worker)
+        if settles:
+            self.cluster.settle()
+
+    @precondition(lambda self: self.connected())
+    @rule(data=st.data(), stops=st.booleans(), ticks=st.integers(0, 8))
+    def worker_stops_or_goes_on(self, data: st.DataObject, stops: bool, ticks: int) -> None:
+        data.draw(st.sampled_from(self.connected())).stopped = stops
+        for _ in range(ticks):
+            self.cluster.tick()
 
     @precondition(lambda self: any(worker.inbox and not worker.stopped for worker in self.connected()))
     @rule(data=st.data(), count=st.integers(1, 4))
@@ -166,6 +195,12 @@ class RandomOrders(RuleBasedStateMachine):
         if worker.alive and not worker.stopped and data.draw(st.booleans()):
             self.cluster.register(worker)
 
+    @rule(replay=st.booleans())
+    def all_answer(self, replay: bool) -> None:
+        self.cluster.settle()
+        if replay:
+            self.replays_come()
+
     # ------------------------------------------------------------ etcd
 
     @precondition(lambda self: self.cluster.writes)
@@ -183,18 +218,16 @@ class RandomOrders(RuleBasedStateMachine):
     def revoke_ends(self) -> None:
         self.cluster.revoke_next()
 
-    @rule(up=st.booleans())
     def etcd_goes(self, up: bool) -> None:
         self.cluster.etcd_up = up
         self.cluster.step(LeaseHeard() if up else LeaseMuted())
 
-    @rule(restored=st.booleans())
     def watch_starts_over(self, restored: bool) -> None:
         self.cluster.load(restored=restored)
 
     # ------------------------------------------------------------ requests
 
-    @rule(count=st.integers(1, 6), n=st.integers(1, 3), priority=st.integers(-1, 1))
+    @rule(count=st.integers(1, 12), n=st.integers(1, 3), priority=st.integers(-1, 1))
     def requests_come(self, count: int, n: int, priority: int) -> None:
         if self.gateway.connection is None:
             return
@@ -225,7 +258,6 @@ class RandomOrders(RuleBasedStateMachine):
         ended = EndEntry(request=request, attempt=attempt, outcome=Outcome.FINISHED, tokens=3)
         self.cluster.tell(self.gateway, EndBatch(entries=(ended,)))
 
-    @rule()
     def gateway_stream_changes(self) -> None:
         if self.gateway.connection is not None:
             self.cluster.close_gateway(self.gateway)
@@ -234,19 +266,33 @@ class RandomOrders(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ operators, leaders, time
 
-    @rule(node=st.sampled_from(WORKERS), back=st.booleans())
     def operator_drains(self, node: str, back: bool) -> None:
         body = UndrainAsked(NodeId(node)) if back else DrainAsked(NodeId(node), 1000)
         self.cluster.step(AdminAsked(AskId(1), body))
 
-    @rule(replicas=st.integers(0, 3), path=st.sampled_from(("/models/m", "/models/n")))
     def operator_applies(self, replicas: int, path: str) -> None:
         self.cluster.step(AdminAsked(AskId(2), ApplyAsked(deployment(replicas=replicas, path=path))))
 
-    @rule()
     def leader_changes(self) -> None:
         self.cluster = self.cluster.successor()
         self.cluster.load()
+
+    @rule(data=st.data(), what=st.sampled_from(("etcd", "watch", "gateway", "drain", "apply", "leader")))
+    def something_rare_happens(self, data: st.DataObject, what: str) -> None:
+        match what:
+            case "etcd":
+                self.etcd_goes(data.draw(st.booleans()))
+            case "watch":
+                self.watch_starts_over(data.draw(st.booleans()))
+            case "gateway":
+                self.gateway_stream_changes()
+            case "drain":
+                self.operator_drains(data.draw(st.sampled_from(WORKERS)), data.draw(st.booleans()))
+            case "apply":
+                paths = st.sampled_from(("/models/m", "/models/n"))
+                self.operator_applies(data.draw(st.integers(0, 3)), data.draw(paths))
+            case _:
+                self.leader_changes()
 
     @rule(count=st.integers(1, 4), late=st.booleans())
     def time_passes(self, count: int, late: bool) -> None:
@@ -313,7 +359,7 @@ class RandomOrders(RuleBasedStateMachine):
 
 
 RandomOrders.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=80,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,

@@ -1,0 +1,180 @@
+"""Desired state: what is refused, what is added, retired, rolled, restored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from controlplane.core.messages import (
+    AdminAnswered,
+    AdminAsked,
+    ApplyAsked,
+    AskId,
+    DeletePlacement,
+    DeploymentChanged,
+    Effect,
+    LeaseMuted,
+    WriteDeployment,
+    WritePlacement,
+)
+from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId, RequestId
+from controlplane.runtime.messages.common import ParallelDegrees, ReasonKind, ReplicaPhase
+from controlplane.runtime.messages.route import RouteBatch
+from controlplane.runtime.records import DeploymentRecord
+from tests.scenario.coordinator.model import Cluster, deployment, entry
+
+M = DeploymentId("m")
+
+
+def started(replicas: int = 1, devices: int = 2) -> Cluster:
+    cluster = Cluster()
+    cluster.deployments[M] = deployment(replicas=replicas)
+    cluster.load()
+    worker = cluster.add_worker("w1", devices)
+    cluster.register(worker)
+    cluster.attach(worker)
+    cluster.settle()
+    return cluster
+
+
+def apply(cluster: Cluster, record: DeploymentRecord) -> list[Effect]:
+    effects = cluster.step(AdminAsked(AskId(1), ApplyAsked(record)))
+    while cluster.writes:
+        effects += cluster.write_next()
+    return effects
+
+
+def answer_of(effects: list[Effect]) -> AdminAnswered:
+    (answer,) = [effect for effect in effects if isinstance(effect, AdminAnswered)]
+    return answer
+
+
+def phases(cluster: Cluster) -> dict[str, ReplicaPhase]:
+    return {name: replica.phase for name, replica in cluster.state.replicas.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (replace(deployment("Big Model")), "deployment: 'Big Model' is no lower-case DNS label"),
+        (replace(deployment("n"), model=""), "model: is empty"),
+        (replace(deployment("n"), model="m"), "model: 'm' is served by another deployment"),
+        (replace(deployment("n"), replicas=-1), "replicas: is negative"),
+        (replace(deployment("n"), max_retries=-1), "max_retries: is negative"),
+        (deployment("n", path=""), "spec.model_path: is empty"),
+        (deployment("n", tensor=0), "spec.degrees: must be at least 1"),
+        (replace(deployment("n"), spec=deployment("x").spec), "spec.deployment: differs from deployment"),
+        (
+            replace(deployment("n"), recovery_strategy="prayer"),
+            "recovery_strategy: 'prayer' is none of checkpoint_restart, elastic_scaling",
+        ),
+    ],
+)
+def test_a_wrong_deployment_is_refused_with_the_field(wrong: DeploymentRecord, text: str) -> None:
+    cluster = started()
+    effects = apply(cluster, wrong)
+    error = answer_of(effects).error
+    assert error is not None
+    assert (error.kind, error.text) == (ReasonKind.INVALID, text)
+    assert not any(isinstance(effect, WriteDeployment) for effect in effects)
+
+
+def test_answered_once_written() -> None:
+    cluster = started()
+    effects = cluster.step(AdminAsked(AskId(1), ApplyAsked(deployment(replicas=2))))
+    assert not any(isinstance(effect, AdminAnswered) for effect in effects)
+    answer = answer_of(cluster.write_next())
+    assert (answer.error, answer.created) == (None, False)
+    assert answer_of(apply(cluster, deployment("n", path="/models/n"))).created
+
+
+def test_a_write_that_fails_changes_nothing() -> None:
+    cluster = started()
+    cluster.etcd_up = False
+    error = answer_of(apply(cluster, deployment(replicas=2))).error
+    assert error is not None
+    assert error.kind is ReasonKind.STORE_UNAVAILABLE
+    assert set(phases(cluster)) == {"m-0"}
+
+
+def test_frozen_it_is_refused_at_once() -> None:
+    cluster = started()
+    cluster.step(LeaseMuted())
+    error = answer_of(apply(cluster, deployment(replicas=2))).error
+    assert error is not None
+    assert error.kind is ReasonKind.STORE_UNAVAILABLE
+
+
+def test_up_and_down() -> None:
+    cluster = started()
+    apply(cluster, deployment(replicas=2))
+    cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY, "m-1": ReplicaPhase.READY}
+    effects = apply(cluster, deployment(replicas=1)) + cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY}
+    (gone,) = [effect.record for effect in effects if isinstance(effect, WritePlacement)]
+    assert (gone.replica, gone.epoch, gone.members) == ("m-1", 1, ())
+    assert not cluster.workers[next(iter(cluster.workers))].held.keys() - {"m-0"}
+
+
+def test_epochs_go_on_after_a_replica_was_gone() -> None:
+    cluster = started(2)
+    apply(cluster, deployment(replicas=1))
+    cluster.settle()
+    heir = cluster.successor()
+    heir.load()
+    heir.attach(heir.workers[next(iter(heir.workers))])
+    apply(heir, deployment(replicas=2))
+    heir.settle()
+    assert heir.state.replicas[ReplicaId("m-1")].epoch == 2
+
+
+def test_a_removed_deployment_leaves_nothing() -> None:
+    cluster = started(2)
+    gateway = cluster.add_gateway("g1")
+    effects = cluster.step(DeploymentChanged(M, None)) + cluster.settle()
+    assert sum(isinstance(effect, DeletePlacement) for effect in effects) == 2
+    assert not cluster.state.deployments
+    assert not cluster.state.replicas
+    cluster.tell(gateway, RouteBatch(entries=(entry("r1"),)))
+    assert RequestId("r1") not in cluster.state.requests
+
+
+def test_a_new_spec_rolls_one_replica_after_the_other() -> None:
+    cluster = started(2)
+    apply(cluster, deployment(replicas=2, path="/models/new"))
+    assert sorted(phase is ReplicaPhase.READY for phase in phases(cluster).values()) == [False, True]
+    cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY, "m-1": ReplicaPhase.READY}
+    assert [replica.epoch for replica in cluster.state.replicas.values()] == [2, 2]
+
+
+def test_other_degrees_take_other_devices() -> None:
+    cluster = started(1)
+    apply(cluster, deployment(tensor=2))
+    cluster.settle()
+    replica = cluster.state.replicas[ReplicaId("m-0")]
+    assert replica.phase is ReplicaPhase.READY
+    assert len(replica.members) == 2
+    assert replica.spec is not None
+    assert replica.spec.degrees == ParallelDegrees(tensor=2)
+
+
+def test_a_placement_of_nothing_known_is_not_taken_up() -> None:
+    cluster = started()
+    stray = replace(cluster.placements[ReplicaId("m-0")], replica=ReplicaId("x-0"), deployment=DeploymentId("x"))
+    heir = cluster.successor()
+    heir.placements[stray.replica] = stray
+    heir.load()
+    assert set(phases(heir)) == {"m-0"}
+    assert heir.state.epochs[ReplicaId("x-0")] == Epoch(1)
+
+
+def test_a_restored_store_is_told_what_it_forgot() -> None:
+    cluster = started()
+    record = cluster.placements.pop(ReplicaId("m-0"))
+    cluster.load(restored=True)
+    cluster.settle()
+    assert cluster.placements[ReplicaId("m-0")] == record
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY}

@@ -1,0 +1,162 @@
+"""Gateways' sessions: table, inventory, locate, cancel."""
+
+from __future__ import annotations
+
+from controlplane.core.messages import AdminAnswered, AdminAsked, AskId, CancelAsked, Effect, SendGateway
+from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, ReplicaId, RequestId
+from controlplane.runtime.messages.common import ReasonKind, ReplicaPhase
+from controlplane.runtime.messages.route import (
+    CancelRequest,
+    GatewayWelcome,
+    Inventory,
+    JournalInfo,
+    JournalPhase,
+    LeaderHeartbeat,
+    Locate,
+    Located,
+    ReplicaClosed,
+    ReplicaTable,
+    RouteBatch,
+    RoutedBatch,
+)
+from tests.scenario.coordinator.model import Cluster, GatewayPeer, deployment, entry
+
+M0 = ReplicaId("m-0")
+
+
+def serving() -> Cluster:
+    cluster = Cluster()
+    cluster.deployments[DeploymentId("m")] = deployment()
+    cluster.load()
+    worker = cluster.add_worker("w1")
+    cluster.register(worker)
+    cluster.attach(worker)
+    cluster.settle()
+    return cluster
+
+
+def bodies(effects: list[Effect]) -> list[object]:
+    return [effect.body for effect in effects if isinstance(effect, SendGateway)]
+
+
+def journal(request: str, epoch: int = 1, phase: JournalPhase = JournalPhase.RUNNING, attempt: int = 1) -> JournalInfo:
+    return JournalInfo(phase=phase, replica=M0, epoch=Epoch(epoch), entry=entry(request, attempt=attempt))
+
+
+def join(cluster: Cluster, *journals: JournalInfo) -> tuple[GatewayPeer, list[object]]:
+    effects: list[Effect] = []
+    return cluster.add_gateway("g1", journals, effects), bodies(effects)
+
+
+def test_welcome_then_the_full_table() -> None:
+    _, (welcome, table) = join(serving())
+    assert isinstance(welcome, GatewayWelcome)
+    assert isinstance(table, ReplicaTable)
+    assert table.full
+    (row,) = table.rows
+    assert (row.replica, row.phase, row.node, row.serve_address) == (M0, ReplicaPhase.READY, "w1", "w1:7000")
+    assert (row.model, row.model_path, row.numerics) == ("m", "/models/m", "exact")
+    assert row.capacity is not None
+
+
+def test_running_journals_are_counted_on_their_replica() -> None:
+    cluster = serving()
+    join(cluster, journal("r1"), journal("r2", phase=JournalPhase.DRAINING_CLIENT))
+    assert cluster.state.replicas[M0].load.outstanding == {"r1"}
+    assert set(cluster.state.requests) == {"r1", "r2"}
+
+
+def test_a_journal_on_an_epoch_that_is_over_is_told_so() -> None:
+    cluster = serving()
+    cluster.rank_exits(cluster.workers[next(iter(cluster.workers))], "cpu:0")
+    _, said = join(cluster, journal("r1"))
+    (closed,) = [body for body in said if isinstance(body, ReplicaClosed)]
+    assert (closed.replica, closed.epoch) == (M0, 1)
+    assert RequestId("r1") not in cluster.state.requests
+
+
+def test_a_journal_that_asks_is_routed() -> None:
+    _, said = join(serving(), journal("r1", phase=JournalPhase.ROUTING, attempt=3))
+    (batch,) = [body for body in said if isinstance(body, RoutedBatch)]
+    assert batch.routed[0].permit.attempt == 3
+
+
+def test_what_an_inventory_leaves_out_is_over() -> None:
+    cluster = serving()
+    gateway, _ = join(cluster, journal("r1"), journal("r2"))
+    cluster.close_gateway(gateway)
+    assert cluster.state.replicas[M0].load.outstanding == {"r1", "r2"}
+    cluster.open_gateway(gateway, (journal("r2"),))
+    assert cluster.state.replicas[M0].load.outstanding == {"r2"}
+
+
+def test_an_inventory_in_chunks_counts_with_its_last() -> None:
+    cluster = serving()
+    gateway, _ = join(cluster, journal("r1"))
+    cluster.close_gateway(gateway)
+    cluster.open_gateway(gateway, (journal("r2"),), last=False)
+    assert set(cluster.state.requests) == {"r1", "r2"}
+    cluster.tell(gateway, Inventory(journals=(journal("r3"),), last=True))
+    assert set(cluster.state.requests) == {"r2", "r3"}
+
+
+def test_what_waited_goes_with_the_session() -> None:
+    cluster = Cluster()
+    cluster.deployments[DeploymentId("m")] = deployment()
+    cluster.load()
+    gateway = cluster.add_gateway("g1")
+    cluster.tell(gateway, RouteBatch(entries=(entry("r1"),)))
+    cluster.close_gateway(gateway)
+    assert not cluster.state.requests
+
+
+def test_orphans_are_kept_for_the_resume_grace() -> None:
+    cluster = serving()
+    gateway, _ = join(cluster, journal("r1"))
+    cluster.close_gateway(gateway)
+    ticks = round(cluster.timings.resume_grace / cluster.timings.heartbeat_interval)
+    for _ in range(ticks - 1):
+        cluster.tick()
+    assert set(cluster.state.requests) == {"r1"}
+    cluster.tick()
+    assert not cluster.state.requests
+    assert not cluster.state.gateways
+
+
+def test_heartbeats_go_down_each_tick() -> None:
+    cluster = serving()
+    join(cluster)
+    assert bodies(cluster.tick()) == [LeaderHeartbeat(frozen=False)]
+
+
+def test_locate_names_the_node_or_nothing() -> None:
+    cluster = serving()
+    gateway, _ = join(cluster, journal("r1"))
+    (known,) = bodies(cluster.tell(gateway, Locate(request=RequestId("r1"))))
+    (unknown,) = bodies(cluster.tell(gateway, Locate(request=RequestId("r9"))))
+    assert isinstance(known, Located)
+    assert isinstance(unknown, Located)
+    assert (known.node, known.serve_address) == ("w1", "w1:7000")
+    assert (unknown.node, unknown.serve_address) == ("", "")
+
+
+def test_cancel_goes_to_the_requests_gateway() -> None:
+    cluster = serving()
+    join(cluster, journal("r1"))
+    effects = cluster.step(AdminAsked(AskId(1), CancelAsked(RequestId("r1"))))
+    (cancel,) = bodies(effects)
+    assert isinstance(cancel, CancelRequest)
+    assert AdminAnswered(AskId(1), None) in effects
+    (answer,) = cluster.step(AdminAsked(AskId(2), CancelAsked(RequestId("r9"))))
+    assert isinstance(answer, AdminAnswered)
+    assert answer.error is not None
+    assert answer.error.kind is ReasonKind.UNKNOWN_ID
+
+
+def test_an_inventory_does_not_undo_a_newer_attempt() -> None:
+    cluster = serving()
+    gateway, _ = join(cluster)
+    cluster.tell(gateway, RouteBatch(entries=(entry("r1", attempt=2),)))
+    cluster.close_gateway(gateway)
+    cluster.open_gateway(gateway, (journal("r1", attempt=1),))
+    assert cluster.state.requests[RequestId("r1")].entry.attempt == Attempt(2)

@@ -1,0 +1,113 @@
+"""Where ranks go, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlplane.core.placement import FreeDevice, FreeNode, Wanted, plan
+from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId
+from controlplane.runtime.messages.common import Member, ParallelDegrees, ReasonKind
+
+M = DeploymentId("m")
+
+
+def node(name: str, count: int = 1, held: dict[int, int] | None = None) -> FreeNode:
+    """`held`: device index to the rank whose weights of M it holds."""
+    held = held or {}
+    free = tuple(FreeDevice(device=f"cpu:{i}", held=(M, held[i]) if i in held else None) for i in range(count))
+    return FreeNode(node=NodeId(name), host=f"{name}.host", free=free)
+
+
+def wanted(index: int = 0, tensor: int = 1, pipeline: int = 1, previous: str = "") -> Wanted:
+    """`previous`: "w1/0 w1/1" names the devices it had, in rank order."""
+    members = tuple(
+        Member(rank=rank, node=NodeId(at.split("/")[0]), device=f"cpu:{at.split('/')[1]}", host="h")
+        for rank, at in enumerate(previous.split())
+    )
+    degrees = ParallelDegrees(tensor=tensor, pipeline=pipeline)
+    return Wanted(replica=ReplicaId(f"m-{index}"), deployment=M, degrees=degrees, previous=members)
+
+
+def places(want: Wanted, nodes: list[FreeNode], siblings: dict[str, int] | None = None) -> str:
+    counts = {(M, NodeId(name)): count for name, count in (siblings or {}).items()}
+    made = plan([want], nodes, counts)[want.replica]
+    assert [member.rank for member in made.members] == list(range(len(made.members)))
+    return " ".join(f"{member.node}/{member.device[-1]}" for member in made.members)
+
+
+def test_one_node_before_several() -> None:
+    assert places(wanted(tensor=2), [node("w1"), node("w2"), node("w3", 2)]) == "w3/0 w3/1"
+
+
+def test_the_tightest_node_that_fits() -> None:
+    assert places(wanted(), [node("w1", 4), node("w2", 1)]) == "w2/0"
+
+
+def test_whole_tensor_groups_a_node() -> None:
+    assert places(wanted(tensor=2, pipeline=2), [node("w1", 3), node("w2", 2)]) == "w2/0 w2/1 w1/0 w1/1"
+
+
+def test_a_tensor_group_is_cut_only_at_last() -> None:
+    assert places(wanted(tensor=2), [node("w1"), node("w2")]) == "w1/0 w2/0"
+
+
+def test_nothing_fits() -> None:
+    made = plan([wanted(tensor=2, previous="w1/0 w9/0")], [node("w1")], {})[ReplicaId("m-0")]
+    assert made.members == ()
+    assert made.reason.kind is ReasonKind.NO_CAPACITY
+    assert made.reason.text == "m-0 needs 2 devices, 1 free; waits for w9 to come back"
+
+
+def test_replicas_spread_over_nodes() -> None:
+    assert places(wanted(), [node("w1", 4), node("w2", 4)], {"w1": 1}) == "w2/0"
+
+
+def test_spread_before_warm_weights() -> None:
+    assert places(wanted(), [node("w1", held={0: 0}), node("w2")], {"w1": 1}) == "w2/0"
+
+
+def test_warm_weights_before_the_former_node() -> None:
+    assert places(wanted(previous="w1/0"), [node("w1"), node("w2", held={0: 0})]) == "w2/0"
+
+
+def test_the_former_node_and_device() -> None:
+    assert places(wanted(previous="w2/1"), [node("w1", 2), node("w2", 2)]) == "w2/1"
+
+
+def test_each_rank_gets_the_device_that_holds_its_weights() -> None:
+    assert places(wanted(tensor=2), [node("w1", 3, held={0: 1, 2: 0})]) == "w1/2 w1/0"
+
+
+def test_a_device_that_holds_other_weights_is_taken_last() -> None:
+    assert places(wanted(), [node("w1", 2, held={0: 7})]) == "w1/1"
+
+
+def test_who_can_return_chooses_first() -> None:
+    homeless, returning = wanted(0, previous="w9/0"), wanted(1, previous="w1/0")
+    made = plan([homeless, returning], [node("w1"), node("w2", 2)], {})
+    assert made[ReplicaId("m-1")].members[0].node == "w1"
+    assert made[ReplicaId("m-0")].members[0].node == "w2"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2)), min_size=1, max_size=4),
+)
+def test_no_device_twice_and_all_or_nothing(sizes: list[int], degrees: list[tuple[int, int]]) -> None:
+    nodes = [node(f"w{index}", size) for index, size in enumerate(sizes)]
+    wants = [wanted(index, tensor, pipeline) for index, (tensor, pipeline) in enumerate(degrees)]
+    plans = plan(wants, nodes, {})
+    used = Counter((member.node, member.device) for made in plans.values() for member in made.members)
+    assert all(count == 1 for count in used.values())
+    free = {(one.node, device.device) for one in nodes for device in one.free}
+    assert used.keys() <= free
+    for want in wants:
+        ranks = want.degrees.tensor * want.degrees.pipeline
+        members = plans[want.replica].members
+        assert len(members) in (0, ranks)
+        if not members:
+            assert ranks > len(free) - sum(used.values())
