@@ -33,7 +33,7 @@ def banner(running: RunningCluster) -> str:
             f'  {_typed(Path(sys.executable))} -c "{python}"',
             "",
             f"  {_typed(Path(sys.argv[0]))} ctl status",
-            f"  grpcurl -plaintext {running.addresses[0]} list",
+            f"  {_typed(Path(sys.executable).with_name('grpcurl'))} -plaintext {running.addresses[0]} list",
             "",
         ]
     )
@@ -41,7 +41,7 @@ def banner(running: RunningCluster) -> str:
 
 def _typed(program: Path) -> str:
     """How this user types a program's name here: bare if PATH finds it, else the shorter of its paths."""
-    if shutil.which(program.name) == str(program):
+    if not program.exists() or shutil.which(program.name) == str(program):
         return program.name
     relative = os.path.relpath(program)
     return min(str(program), relative, key=len)
