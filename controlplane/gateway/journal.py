@@ -61,7 +61,10 @@ class Journal:
     admitted: bool = False
     retries: int = 0
     refusals: int = 0
+    # Engines that died with it in their unfinished step, since it last was acquitted.
     crashes: set[ReplicaEpoch] = field(default_factory=set[ReplicaEpoch])
+    # Tokens that the current attempt delivered.
+    attempt_tokens: int = 0
     past: set[ReplicaEpoch] = field(default_factory=set[ReplicaEpoch])
     exclude: tuple[ReplicaEpoch, ...] = ()
     # Every worker that was sent the body: each keeps a shadow until End.
@@ -87,6 +90,11 @@ class Journal:
     @property
     def finished(self) -> bool:
         return all(choice.finished is not None for choice in self.choices)
+
+    def acquit(self) -> None:
+        """It ran past where its engines died: they died of something else, and late news of them proves nothing."""
+        self.crashes.clear()
+        self.past.clear()
 
     def live_slots(self) -> tuple[Slot, ...]:
         return tuple(choice.slot for choice in self.choices if choice.slot is not None)

@@ -146,6 +146,7 @@ def move_on(
         spent = Reason(kind=ReasonKind.RETRIES_EXHAUSTED, text=text)
         return effects + fail(state, journal, Failure.RETRIES, spent, now)
     journal.attempt = Attempt(journal.attempt + 1)
+    journal.attempt_tokens = 0
     journal.phase = JournalPhase.ROUTING
     journal.cause = cause
     if exclude:

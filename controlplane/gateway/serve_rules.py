@@ -11,7 +11,7 @@ from controlplane.gateway.request_rules import fail, finish_choice, move_on, sen
 from controlplane.gateway.route_rules import PLANNED_KINDS
 from controlplane.gateway.state import GatewayState, WorkerPhase
 from controlplane.runtime.ids import Slot
-from controlplane.runtime.messages.common import Reason, ReasonKind
+from controlplane.runtime.messages.common import SOLO_TOKENS, Reason, ReasonKind
 from controlplane.runtime.messages.route import JournalPhase, RouteCause
 from controlplane.runtime.messages.serve import (
     Admitted,
@@ -168,6 +168,9 @@ def _take(
     if len(fresh) < len(tokens):
         effects.append(Counted("tokens_repeated", len(tokens) - len(fresh)))
     state.journal_tokens += len(fresh)
+    journal.attempt_tokens += len(fresh)
+    if journal.crashes and journal.attempt_tokens >= SOLO_TOKENS:
+        journal.acquit()
     next_index = len(choice.tokens)
     details = _fresh_logprobs(choice, logprobs, next_index - len(fresh), next_index) if logprobs else ()
     if fresh or finish or details:

@@ -105,7 +105,7 @@ async def test_etcd_is_killed_and_restarted(cluster: Cluster, undisturbed: list[
     running = wave(cluster)
     await running.reach(30)
     before = {name: daemon.pid for name, daemon in zip(cluster.controlplanes, cluster.daemons(), strict=False)}
-    cluster.etcd.kill()
+    await cluster.etcd.kill()
     away_until = time.monotonic() + 30
     streams = await running.finish()
     report("etcd SIGKILL", streams)

@@ -94,6 +94,10 @@ class Reason:
     collective: int | None = None
 
 
+SOLO_TOKENS = 4
+"""Tokens after which a suspect is acquitted: what made its last engine die would have done it again by then."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Permit:
     """The leader's leave to run one attempt of a request on one replica epoch. Travels with the request's body."""
@@ -104,7 +108,8 @@ class Permit:
     epoch: Epoch
     term: Term
     mode: PermitMode = PermitMode.LEADER
-    # Run with nothing else in the step: the request is suspected of having killed its last engine.
+    # Run with nothing else in the step for its first SOLO_TOKENS tokens: it is suspected of having killed its last
+    # engine.
     solo: bool = False
     # Higher runs first.
     priority: int = 0

@@ -28,7 +28,7 @@ from controlplane.gateway.messages import (
 )
 from controlplane.gateway.state import JournalLimits
 from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, NodeId, ReplicaId, RequestId, Slot
-from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
+from controlplane.runtime.messages.common import SOLO_TOKENS, Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
     CancelRequest,
     JournalPhase,
@@ -400,6 +400,19 @@ class TestLoss:
         core.do(routed(attempt=2, worker=W2), WorkerUp(W2))
         (failed,) = failures(core.do(closed(W2, suspects=(R,))))
         assert failed.failure is Failure.POISON
+
+    def test_progress_after_a_crash_acquits(self):
+        core = Core()
+        core.do(LeaderOpened(), accepted(max_tokens=64), routed(), WorkerUp(W1), admitted())
+        (slot,) = core.slots()
+        core.do(said(SlotsLost(slots=(slot,), reason=WHY, suspect=True)))
+        core.do(routed(attempt=2, worker=W2), WorkerUp(W2))
+        core.do(tokens(core.slots()[0], 0, list(range(SOLO_TOKENS)), worker=W2))
+        assert not core.state.journals[R].crashes
+        core.do(closed(W1, suspects=(R,)))
+        assert not core.state.journals[R].crashes, "late news of the first engine proves nothing"
+        (ask,) = asks(core.do(closed(W2, suspects=(R,))))
+        assert ask.entry.crashes == 1
 
     def test_the_same_crash_told_twice_counts_once(self):
         core = Core()
