@@ -218,9 +218,12 @@ class RandomOrders(RuleBasedStateMachine):
     def revoke_ends(self) -> None:
         self.cluster.revoke_next()
 
-    def etcd_goes(self, up: bool) -> None:
+    @rule(up=st.booleans(), ticks=st.integers(0, 3))
+    def etcd_goes_or_comes(self, up: bool, ticks: int) -> None:
         self.cluster.etcd_up = up
         self.cluster.step(LeaseHeard() if up else LeaseMuted())
+        for _ in range(ticks):
+            self.cluster.tick()
 
     def watch_starts_over(self, restored: bool) -> None:
         self.cluster.load(restored=restored)
@@ -277,11 +280,9 @@ class RandomOrders(RuleBasedStateMachine):
         self.cluster = self.cluster.successor()
         self.cluster.load()
 
-    @rule(data=st.data(), what=st.sampled_from(("etcd", "watch", "gateway", "drain", "apply", "leader")))
+    @rule(data=st.data(), what=st.sampled_from(("watch", "gateway", "drain", "apply", "leader")))
     def something_rare_happens(self, data: st.DataObject, what: str) -> None:
         match what:
-            case "etcd":
-                self.etcd_goes(data.draw(st.booleans()))
             case "watch":
                 self.watch_starts_over(data.draw(st.booleans()))
             case "gateway":
