@@ -171,6 +171,7 @@ class Gateway:
 
     def _refresh_metrics(self) -> None:
         """Set what is looked up, not counted."""
+        self._metrics.settle()
         for phase, count in self._requests.phases().items():
             self._metrics.journals.labels(phase.name.lower()).set(count)
         self._metrics.journal_tokens.set(self._state.journal_tokens)

@@ -119,7 +119,7 @@ class WorkerBroken:
 
 @dataclass(frozen=True, slots=True)
 class WorkerGone:
-    """The worker's port refused two raw connects: its sequences are lost."""
+    """The worker refuses connections, or greets and falls silent: its sequences are lost."""
 
     worker: WorkerKey
     reason: Reason

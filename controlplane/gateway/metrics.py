@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from controlplane.runtime.clock import Clock
 
@@ -24,6 +29,8 @@ class GatewayMetrics:
             registry=registry,
         )
         self.tokens = Counter("perdure_gateway_tokens_delivered", "Tokens delivered to clients.", registry=registry)
+        # What is counted per token is a plain number, moved to its instrument when someone looks.
+        self.tokens_new = 0
         self.prompt_tokens = Counter("perdure_gateway_prompt_tokens", "Prompt tokens accepted.", registry=registry)
         self.moves = Counter(
             "perdure_gateway_replays", "Attempts after the first, by kind.", ["kind"], registry=registry
@@ -40,12 +47,10 @@ class GatewayMetrics:
             buckets=_TTFT_BUCKETS,
             registry=registry,
         )
-        self.gap = Histogram(
-            "perdure_gateway_inter_token_seconds",
-            "Between two deliveries of one request.",
-            buckets=_GAP_BUCKETS,
-            registry=registry,
+        self.gap = PlainHistogram(
+            "perdure_gateway_inter_token_seconds", "Between two deliveries of one request.", _GAP_BUCKETS
         )
+        registry.register(self.gap)
         self.prompt_length = Histogram(
             "perdure_gateway_prompt_length_tokens", "Prompt lengths.", buckets=_LENGTH_BUCKETS, registry=registry
         )
@@ -53,6 +58,34 @@ class GatewayMetrics:
         self.journal_tokens = Gauge("perdure_gateway_journal_tokens", "Tokens held in journals.", registry=registry)
         self.workers = Gauge("perdure_gateway_worker_streams", "Worker streams by state.", ["state"], registry=registry)
         self.leader = Gauge("perdure_gateway_leader_term", "Term of the leader session, 0 without.", registry=registry)
+
+    def settle(self) -> None:
+        """Move what was counted aside to its instruments."""
+        self.tokens.inc(self.tokens_new)
+        self.tokens_new = 0
+
+
+class PlainHistogram(Collector):
+    """A histogram whose `observe` costs a bisection: prometheus_client's own takes a lock per observation."""
+
+    def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """Cumulative buckets, as the exposition format wants them."""
+        total, buckets = 0, list[tuple[str, float]]()
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((str(bound), total))
+        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)
 
 
 class RequestClock:
@@ -75,4 +108,4 @@ class RequestClock:
         else:
             self._metrics.gap.observe(now - self._last)
         self._last = now
-        self._metrics.tokens.inc(tokens)
+        self._metrics.tokens_new += tokens

@@ -131,7 +131,7 @@ class Requests:
         self._post(WorkerBroken(worker, heard))
 
     def worker_gone(self, worker: WorkerKey, reason: Reason) -> None:
-        log.info("worker_refused_connections", worker=worker, reason=reason.text)
+        log.info("worker_given_up", worker=worker, reason=reason.text)
         self._post(WorkerGone(worker, reason))
 
     def worker_said(self, worker: WorkerKey, body: ServeDown) -> None:

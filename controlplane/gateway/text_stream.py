@@ -61,6 +61,8 @@ class TextStream:
         self._options = options
         self._detokenizer = Detokenizer(tokenizer.decode, prompt)
         self._stops = StopStrings(options.stops, include=options.include_stop)
+        # Nothing to look for and nothing to place: the offset is not kept.
+        self._is_plain = not options.stops and not options.logprobs
         self._offset = offset
         self.tokens = 0
         self.stopped = False
@@ -70,6 +72,10 @@ class TextStream:
         first, finish = self.tokens, delivered.finish
         if self._options.prompt_only:
             return Piece(self._choice, "", finish="length" if finish else None)
+        if self._is_plain and finish is None:
+            texts = [self._detokenizer.add(token) for token in delivered.tokens]
+            self.tokens += len(texts)
+            return Piece(self._choice, texts[0] if len(texts) == 1 else "".join(texts), first, delivered.tokens)
         details = {item.index: item for item in delivered.logprobs if not item.prompt}
         infos: list[TokenInfo] = []
         texts: list[str] = []

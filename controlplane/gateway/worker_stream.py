@@ -18,12 +18,14 @@ from controlplane.runtime.backoff import Backoff
 from controlplane.runtime.clock import Clock
 from controlplane.runtime.codec import UnknownBody, WireError
 from controlplane.runtime.messages.common import Reason, ReasonKind
-from controlplane.runtime.messages.serve import ServeDown, ServeHello, ServeUp
+from controlplane.runtime.messages.serve import ServeDown, ServeHeartbeat, ServeHello, ServeUp, StepTokens
 from controlplane.runtime.timing import Timings, channel_options
 from controlplane.runtime.wire import SERVE_DOWN, SERVE_UP
 from protos.perdure.v1 import serve_pb2_grpc
 
 OUTBOX_MAX = 65536
+SILENT_STREAMS_MAX = 2
+"""Streams in a row that fell silent without one sign of life: the daemon answers greetings and does nothing else."""
 
 log = structlog.get_logger()
 
@@ -67,6 +69,7 @@ class WorkerStream:
         self._probe = probe
         self._outbox: Outbox[ServeUp] | None = None
         self._silence = Silence(timings, clock.now())
+        self._silent_streams = 0
 
     @property
     def up(self) -> bool:
@@ -95,11 +98,18 @@ class WorkerStream:
             log.info("worker_stream_ended", worker=self.worker, node=self.node, reason=failure)
             self._outbox = None
             self._owner.worker_broken(self.worker, self._silence.heard_at)
-            if await self._probe(self.worker, self._timings):
-                text = f"worker {self.node} at {self.worker} refuses connections"
-                reason = Reason(kind=ReasonKind.CONNECTION_REFUSED, text=text)
+            if (reason := await self._verdict()) is not None:
                 self._owner.worker_gone(self.worker, reason)
             await self._clock.sleep(backoff.next())
+
+    async def _verdict(self) -> Reason | None:
+        """Why the worker is lost for its sequences, None while it may come back."""
+        who = f"worker {self.node} at {self.worker}"
+        if self._silent_streams >= SILENT_STREAMS_MAX:
+            return Reason(kind=ReasonKind.SESSION_SILENT, text=f"{who} greets and then falls silent")
+        if await self._probe(self.worker, self._timings):
+            return Reason(kind=ReasonKind.CONNECTION_REFUSED, text=f"{who} refuses connections")
+        return None
 
     async def _stream(self, backoff: Backoff) -> str:
         """One stream from hello to its end; returns why it ended."""
@@ -173,6 +183,8 @@ class WorkerStream:
             except UnknownBody:
                 log.warning("frame_skipped", peer=worker)
                 continue
+            if isinstance(body, StepTokens | ServeHeartbeat):
+                self._silent_streams = 0
             owner.worker_said(worker, body)
 
     async def _judge(self, outbox: Outbox[ServeUp]) -> str:
@@ -182,4 +194,5 @@ class WorkerStream:
             if outbox.overflowed:
                 return f"{outbox.name}: {OUTBOX_MAX} frames behind"
             if self._silence.tick(self._clock.now()):
+                self._silent_streams += 1
                 return f"silent for {self._timings.session_silence:g} s"
