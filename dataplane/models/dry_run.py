@@ -38,13 +38,14 @@ class AttentionLayer:
 Calls = list[tuple[nn.Module, AttentionLayer]]
 
 
-def dry_run(model: nn.Module, forward: Callable[[], object]) -> tuple[AttentionLayer, ...]:
+def dry_run(model: nn.Module, forward: Callable[[], object], moved: Callable[[], None]) -> tuple[AttentionLayer, ...]:
     """Run `forward` with DRY_ATTENTION recording, and mark each attention module with its cache slot.
 
-    Raises Rejected where a layer is not reached, is reached twice, or the model cannot run without values.
+    `moved` is called at each layer. Raises Rejected where a layer is not reached, is reached twice, or the model cannot
+    run without values.
     """
     calls: Calls = []
-    ALL_ATTENTION_FUNCTIONS.register(DRY_ATTENTION, _recorder(calls))
+    ALL_ATTENTION_FUNCTIONS.register(DRY_ATTENTION, _recorder(calls, moved))
     try:
         forward()
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, KeyError) as error:
@@ -60,7 +61,7 @@ def dry_run(model: nn.Module, forward: Callable[[], object]) -> tuple[AttentionL
     return tuple(layer for _, layer in calls)
 
 
-def _recorder(calls: Calls) -> Callable[..., tuple[Tensor, None]]:
+def _recorder(calls: Calls, moved: Callable[[], None]) -> Callable[..., tuple[Tensor, None]]:
     def record(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: int | None = None, **_: Any
     ) -> tuple[Tensor, None]:
@@ -72,6 +73,7 @@ def _recorder(calls: Calls) -> Callable[..., tuple[Tensor, None]]:
             len(calls), int(module.layer_idx), k.shape[1], q.shape[1], k.shape[3], v.shape[3], window
         )
         calls.append((module, layer))
+        moved()
         return torch.empty(1, q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device), None
 
     return record

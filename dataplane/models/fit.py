@@ -116,15 +116,16 @@ def load_model(
     Rejected for models that cannot be served, with the reason.
     """
     report("config", 0.0)
-    folder = resolve_model(spec.model_path, report)
+    folder = resolve_model(spec.model_path, _within(report, 0.0, 0.1))
     config = read_config(folder, spec.trust_remote_code)
     dtype = choose_dtype(spec.dtype, config)
+    report("build", 0.1)
     whole = build_on_meta(config, dtype, spec.trust_remote_code)
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
     dummy = spec.load_format == "dummy"
     checkpoint = None if dummy else open_checkpoint(folder, whole, shapes)
     fitted = fit(whole, mesh)
-    layers = _dry_run(fitted, mesh)
+    layers = _dry_run(fitted, mesh, lambda: report("fit", 0.15))
     aliases = _aliases(whole)
     if checkpoint is not None:
         check_complete(fitted, checkpoint, aliases)
@@ -135,7 +136,7 @@ def load_model(
             source = dummy_source(shapes, float(getattr(config, "initializer_range", 0.02)))
         else:
             source = file_source(checkpoint, reader, aliases)
-        fill(fitted, source, report)
+        fill(fitted, source, _within(report, 0.2, 1.0))
     limit = int(config.max_position_embeddings)
     vocabulary = cut_padded(int(config.vocab_size), mesh.tensor.size, mesh.tensor.index)
     return FittedModel(
@@ -192,7 +193,12 @@ def build_on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> P
     return model
 
 
-def _dry_run(fitted: Fitted, mesh: Mesh) -> tuple[AttentionLayer, ...]:
+def _within(report: Report, start: float, stop: float) -> Report:
+    """`report` for a part of the work."""
+    return lambda stage, fraction: report(stage, start + (stop - start) * fraction)
+
+
+def _dry_run(fitted: Fitted, mesh: Mesh, moved: Callable[[], None]) -> tuple[AttentionLayer, ...]:
     model = fitted.model
     set_implementation(model, DRY_ATTENTION, EXPERTS_IMPLEMENTATION)
 
@@ -214,7 +220,7 @@ def _dry_run(fitted: Fitted, mesh: Mesh) -> tuple[AttentionLayer, ...]:
             raise refused(model, f"its forward pass gives {list(result.shape)} for {wanted} rows")
 
     with torch.no_grad():
-        return dry_run(model, forward)
+        return dry_run(model, forward, moved)
 
 
 def _aliases(model: PreTrainedModel) -> dict[str, str]:

@@ -190,7 +190,7 @@ def _write_weights(
         for index, gguf_name in enumerate(names):
             values = _values(file, gguf_name, architecture, config)
             out.write(torch.from_numpy(values).to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
-            report("weights", (index + 1) / len(names))
+            report("weights", 0.4 + 0.6 * (index + 1) / len(names))
 
 
 def _values(
@@ -209,7 +209,7 @@ def _values(
 def _write_tokenizer(file: GgufFile, architecture: str, folder: Path, report: Report) -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
-    report("tokenizer", 0.0)
+    report("tokenizer", 0.1)
     parts = {
         group: {
             new: file.metadata[f"tokenizer.{old}"] for old, new in names.items() if f"tokenizer.{old}" in file.metadata
@@ -225,7 +225,6 @@ def _write_tokenizer(file: GgufFile, architecture: str, folder: Path, report: Re
         backend.post_processor = _begin_with(settings["bos_token"], file.metadata["tokenizer.ggml.bos_token_id"])
     backend.save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    report("tokenizer", 1.0)
 
 
 def _tokenizer_config(file: GgufFile, stated: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dataplane.models.structure import refused
 from dataplane.models.tensor_file import TensorReader
 
 Report = Callable[[str, float], None]
-"""(stage, fraction of that stage done)."""
+"""(stage, fraction of the whole work done). Also a sign of life: called at least once a layer or tensor."""
 
 Source = Callable[[Piece, Tensor], None]
 """Copies what a piece covers into a local tensor."""

@@ -38,7 +38,8 @@ _GLOO_OPERATIONS = {
     MIN: dist.ReduceOp.MIN,
 }
 _BOARD_OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    SUM: lambda parts: parts.sum(0, dtype=parts.dtype),
+    # Of two parts an addition rounds like the sum, in a third of its time in half precision.
+    SUM: lambda parts: parts[0] + parts[1] if len(parts) == 2 else parts.sum(0, dtype=parts.dtype),
     MEAN: lambda parts: parts.mean(0),
     MAX: lambda parts: parts.amax(0),
     MIN: lambda parts: parts.amin(0),
