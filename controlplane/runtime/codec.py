@@ -38,7 +38,7 @@ class Codec(Generic[T]):
     def __init__(self, cls: type[T], proto: type[Message]) -> None:
         self._cls = cls
         self._proto = proto
-        descriptor = proto.DESCRIPTOR
+        descriptor: Any = proto.DESCRIPTOR
         hints = typing.get_type_hints(cls)
         names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if names != set(descriptor.fields_by_name):
@@ -65,7 +65,7 @@ class Envelope:
 
     def __init__(self, proto: type[Message], bodies: Any) -> None:
         self._proto = proto
-        members = proto.DESCRIPTOR.oneofs_by_name["body"].fields
+        members: Any = proto.DESCRIPTOR.oneofs_by_name["body"].fields
         by_message = {field.message_type.name: field for field in members}
         classes = {cls.__name__: cls for cls in typing.get_args(bodies)}
         if set(by_message) != set(classes):

@@ -211,7 +211,7 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     # Number of alternatives reported beside the chosen token; absent: no logprobs.
     logprobs: int | None = None
     # The same for the prompt's tokens.

@@ -64,7 +64,7 @@ class WorkerHello:
     devices: tuple[Device, ...] = ()
     host: str
     pid: int
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
