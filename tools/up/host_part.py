@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from controlplane.config import ClusterConfig, ControlPlaneConfig
+from controlplane.config import ClusterConfig, ControlPlaneConfig, EtcdConfig
 from tools.up.checks import CheckFailed, check_and_prepare, cuda_devices
 from tools.up.display import Display
 from tools.up.plan import ClusterPlan, EtcdPlan, controlplane_spec, worker_spec
@@ -34,24 +34,41 @@ async def plan_host(config: ClusterConfig, part: HostPart, state: StateDir, disp
     devices = host_devices(cuda_devices(part.device), config.ranks_per_replica, part.world_size)
     fitted = fit_to_hosts(config, part, master, len(devices))
     prepared = await check_and_prepare(
-        fitted, display, replicas_here=max(1, len(devices) // config.ranks_per_replica), etcd_needed=part.rank == 0
+        fitted,
+        display,
+        replicas_here=max(1, len(devices) // config.ranks_per_replica),
+        etcd_needed=part.rank == 0 and not config.cluster.etcd.endpoints,
     )
     leads = part.rank == 0
-    endpoint = f"{master}:{part.master_port}"
+    given = config.cluster.etcd.endpoints
+    endpoints = given or [f"{master}:{part.master_port}"]
     worker = [
-        *("--etcd", endpoint),
+        *etcd_arguments(config.cluster.etcd, endpoints),
         *("--cluster", config.cluster.name),
         *("--host", master if leads else own_address(master)),
         *("--devices", ",".join(devices)),
     ]
     return ClusterPlan(
-        config=prepared if leads else prepared.with_etcd([endpoint]),
-        etcd=EtcdPlan(host=master, client_port=part.master_port) if leads else None,
+        config=prepared if leads else prepared.with_etcd(endpoints),
+        etcd=EtcdPlan(host=master, client_port=part.master_port) if leads and not given else None,
         controlplanes=tuple(controlplane_spec(process, state) for process in prepared.cluster.controlplanes),
         workers=(worker_spec(f"worker-{part.rank}", worker, state),),
         addresses=(f"{master}:{part.grpc_port}",),
         urls=(f"http://{master}:{part.http_port}",),
     )
+
+
+def etcd_arguments(etcd: EtcdConfig, endpoints: list[str]) -> list[str]:
+    """The worker's flags for reaching etcd. Raises CheckFailed for what flags cannot carry."""
+    if etcd.password_file:
+        raise CheckFailed("cluster.etcd.password_file: start `perdure worker` itself, with PERDURE_ETCD_PASSWORD set")
+    flags = {
+        "--etcd": ",".join(endpoints),
+        "--etcd-ca": etcd.ca_file,
+        "--etcd-cert": etcd.cert_file,
+        "--etcd-key": etcd.key_file,
+    }
+    return [part for flag, value in flags.items() if value for part in (flag, value)]
 
 
 def host_devices(cuda: int, ranks_per_replica: int, world_size: int) -> list[str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.config import ClusterConfig
+from controlplane.config import ClusterConfig, EtcdConfig
 from controlplane.config_source import ConfigError, Override
 from tools.up.checks import CheckFailed, FreePorts, cpu_has_bfloat16
-from tools.up.host_part import HostPart, fit_to_hosts, host_devices
+from tools.up.host_part import HostPart, etcd_arguments, fit_to_hosts, host_devices
 from tools.up.plan import LocalShape, fit_to_machine, plan_local
 from tools.up.state import StateDir
 
@@ -160,6 +160,13 @@ def test_hosts_share_the_replicas(cuda: int, ranks: int, hosts: int, devices: in
     assert not fit_to_hosts(
         config(tensor_parallel_size=ranks), part(1, hosts), "10.0.0.1", devices
     ).cluster.controlplanes
+
+
+def test_an_etcd_with_tls_is_passed_on_to_a_hosts_worker() -> None:
+    assert etcd_arguments(EtcdConfig(), ["a:1", "b:2"]) == ["--etcd", "a:1,b:2"]
+    assert etcd_arguments(EtcdConfig(ca_file="/ca.pem"), ["a:1"]) == ["--etcd", "a:1", "--etcd-ca", "/ca.pem"]
+    with pytest.raises(CheckFailed, match="PERDURE_ETCD_PASSWORD"):
+        etcd_arguments(EtcdConfig(username="u", password_file="/p"), ["a:1"])
 
 
 def test_hosts_that_hold_no_replica_are_refused() -> None:
