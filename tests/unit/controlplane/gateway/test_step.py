@@ -137,6 +137,13 @@ class TestRouting:
         assert core.do(routed(attempt=1, worker=W2)) == [Counted("routed_stale")]
         assert core.do(routed(attempt=7)) == [Counted("routed_stale")]
 
+    def test_a_permit_of_an_older_attempt_does_not_place_the_next_one(self):
+        core = Core()
+        core.running()
+        core.do(closed())
+        assert core.do(routed(attempt=1, worker=W2)) == [Counted("routed_stale")]
+        assert phase(core) is JournalPhase.ROUTING
+
     def test_a_full_queue_refuses_a_new_request_with_its_delay(self):
         core = Core()
         core.do(LeaderOpened(), accepted())
@@ -234,6 +241,12 @@ class TestRunning:
         assert bodies(again) == []
         core.do(said(SyncReply(known=(slot,))), tokens(slot, 0, [5, 6, 7, 8]))
         assert core.delivered() == [5, 6, 7, 8]
+
+    def test_a_second_gap_is_synced_again(self):
+        core = Core()
+        (slot,) = core.running()
+        core.do(tokens(slot, 2, [7]), said(SyncReply(known=(slot,))), tokens(slot, 0, [5]))
+        assert [type(body) for body in bodies(core.do(tokens(slot, 3, [8])))] == [SyncSlots]
 
     def test_a_finish_after_a_gap_waits_for_the_missing_tokens(self):
         core = Core()
