@@ -9,9 +9,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 import pytest_asyncio
 
+from controlplane.runtime.ids import (
+    Attempt,
+    ClusterId,
+    Epoch,
+    Incarnation,
+    ReplicaId,
+    RequestId,
+    Slot,
+    Term,
+    draw_id,
+)
+from controlplane.runtime.messages.common import Permit, Sampling
+from controlplane.runtime.messages.serve import Choice, OpenCode, OpenRefused, OpenRequest, ServeHello
+from controlplane.runtime.packing import pack_u32
+from controlplane.runtime.wire import SERVE_DOWN, SERVE_UP
+from protos.perdure.v1 import serve_pb2_grpc
 from tests.support.cluster import Cluster, Daemon, eventually
 from tests.support.streams import Stream, Wave, assert_identical, start_wave
 
@@ -179,12 +196,47 @@ async def test_a_zombie_leader_gets_nothing_accepted(cluster: Cluster, undisturb
     report("leader SIGSTOP", streams)
     assert_identical(streams, undisturbed, TOKENS)
     leader.signal(signal.SIGCONT)
+    node = next(row for row in (await cluster.status(other))["nodes"] if row["phase"] == "NODE_PHASE_LIVE")
+    replica = next(row for row in (await cluster.status(other))["replicas"] if row["members"][0]["node"] == node["id"])
+    refusal = await open_with_permit(node["serve_address"], (await cluster.status(other))["cluster"], replica, term)
+    assert refusal.code is OpenCode.STALE_TERM
 
     async def refused() -> int:
         return sum(int(row["count"]) for row in (await cluster.status(other))["fenced"])
 
     count = await eventually("frames of the old term are refused and counted", refused)
-    print(f"\nzombie leader: {count} frames refused")
     status = await cluster.status(other)
+    print(f"\nzombie leader: {count} frames refused: {status['fenced']}")
     assert status["leader"]["id"] == other
     assert_identical(await wave(cluster, other).finish(), undisturbed, TOKENS)
+
+
+async def open_with_permit(address: str, cluster: str, replica: dict[str, Any], term: int) -> OpenRefused:
+    """Send a worker what a leader of `term` would have let a gateway send; its refusal."""
+    hello = ServeHello(
+        cluster=ClusterId(cluster),
+        name="zombie",
+        incarnation=Incarnation(draw_id()),
+        highest_term_seen=Term(term),
+        leader_address="",
+        heartbeat_interval_ms=500,
+    )
+    permit = Permit(
+        request=RequestId(draw_id()),
+        attempt=Attempt(1),
+        replica=ReplicaId(replica["id"]),
+        epoch=Epoch(int(replica["epoch"])),
+        term=Term(term),
+    )
+    body = OpenRequest(
+        permit=permit, choices=(Choice(index=0, slot=Slot(1), seed=1),), prompt=pack_u32([1, 2, 3]), sampling=Sampling()
+    )
+    async with grpc.aio.insecure_channel(address) as channel:
+        stream = serve_pb2_grpc.ServingStub(channel).Serve(timeout=30)
+        await stream.write(SERVE_UP.encode(hello))
+        await stream.write(SERVE_UP.encode(body))
+        async for frame in stream:
+            answer = SERVE_DOWN.decode(frame)
+            if isinstance(answer, OpenRefused):
+                return answer
+    raise AssertionError("the worker did not refuse")
