@@ -37,6 +37,9 @@ class CpuAttentionStep:
             q_BKRD = fold(q_THD[group.rows], kv_heads, group.queries)
             mixed_BKRD = attend_tiles(q_BKRD, by_tile(k, group), by_tile(v, group), group, score)
             out_THD[group.rows] = unfold(mixed_BKRD, heads, group.queries)
+        entries = self._inputs.ragged.tokens
+        if entries < out_THD.shape[0]:
+            out_THD[entries:] = out_THD[entries - 1]
         if self._page is not None:
             self._page.advance()
         return out_THD

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from dataplane.engine.plan import StepPlan
 
+ROWS_MIN_CPU = 4
+"""Products of one to three rows take other kernels than those of more, with other bits: a smaller step is padded."""
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -30,10 +33,16 @@ class Ragged:
     tables_EB: Ints
     block_tokens: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all entries; the step may have more rows."""
+        return int(self.offsets_E[-1] + self.counts_E[-1])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
-    """What a forward pass takes."""
+    """What a forward pass takes. Behind its entries' tokens a small step repeats the last one: the copies compute, and
+    write, the same as it does."""
 
     tokens_T: Tensor
     positions_T: Tensor
@@ -53,12 +62,13 @@ def prepare(plan: StepPlan, block_tokens: int, device: torch.device, needs_rope_
     positions = np.arange(len(entry_T)) + (starts - offsets)[entry_T]
     slots = tables[entry_T, positions // block_tokens] * block_tokens + positions % block_tokens
     ropes = unpack(plan.rope_lengths)[entry_T] if needs_rope_lengths else None
+    lacking = max(ROWS_MIN_CPU - len(positions), 0) if device.type == "cpu" else 0
     return StepInputs(
-        tokens_T=_place(unpack(plan.tokens), device),
-        positions_T=_place(positions, device),
-        slots_T=_place(slots, device),
+        tokens_T=_place(_pad(unpack(plan.tokens), lacking), device),
+        positions_T=_place(_pad(positions, lacking), device),
+        slots_T=_place(_pad(slots, lacking), device),
         rows_N=_place(logit_rows(offsets + counts, unpack(plan.logit_counts)), device),
-        rope_lengths_T=None if ropes is None else _place(ropes, device),
+        rope_lengths_T=None if ropes is None else _place(_pad(ropes, lacking), device),
         ragged=Ragged(starts, counts, offsets, tables, block_tokens),
     )
 
@@ -77,6 +87,10 @@ def _dense(tables: Ints, lengths: Ints) -> Ints:
     dense = np.zeros((len(lengths), int(lengths.max(initial=1))), dtype=np.int64)
     dense[np.arange(dense.shape[1]) < lengths[:, None]] = tables
     return dense
+
+
+def _pad(values_T: Ints, lacking: int) -> Ints:
+    return np.pad(values_T, (0, lacking), mode="edge") if lacking else values_T
 
 
 def _place(values: npt.NDArray[Any], device: torch.device) -> Tensor:

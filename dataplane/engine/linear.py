@@ -2,7 +2,8 @@
 
 A packed product of two or more rows gives each row the same bits whatever the others are (measured: float32 and
 bfloat16, 2 to 192 rows); of one row it may not, so a lone row is computed twice. It also is the fastest way: half the
-time of `F.linear` for one row in bfloat16.
+time of `F.linear` for one row in bfloat16. A CPU without bfloat16 instructions, and float16 on any, compute in float32
+and round each result once, as the half-precision kernels do.
 
 Shape letters: T rows, I input features, O output features.
 """
@@ -12,8 +13,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 _ROWS_HINT = 16
 """Number of rows that the packing is chosen for; one packing serves every number."""
@@ -32,25 +31,32 @@ class PackedMatmul:
         packed = self._packed.get((weight_OI.data_ptr(), weight_OI.shape))
         if packed is None:
             packed = self.prepare(weight_OI)
-        shape = x.shape
-        rows = x.reshape(-1, shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).to(packed.dtype)
+        bias_O = None if bias_O is None else bias_O.to(packed.dtype)
         lone = rows.shape[0] == 1
         if lone:
             rows = rows.expand(2, -1).contiguous()
         y = torch.ops.mkldnn._linear_pointwise(rows, packed, bias_O, "none", [], "")
-        return (y[:1] if lone else y).view(*shape[:-1], y.shape[-1])
+        return (y[:1] if lone else y).view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
     def prepare(self, weight_OI: Tensor) -> Tensor:
         """Pack a weight that will be multiplied by."""
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), _ROWS_HINT)
+        weight = weight_OI.detach().to(packed_dtype(weight_OI.dtype)).contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
         self._packed[weight_OI.data_ptr(), weight_OI.shape] = packed
         return packed
+
+
+def packed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of this type are computed in on this machine."""
+    native = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 def pack(module: nn.Module) -> None:
     """Give every module under `module` with a `matmul` a packed one, and pack its weight now if it is one matrix.
 
-    Leaves a dtype that oneDNN does not pack, and an nn.Linear that no one has fitted, as they are.
+    An nn.Linear that no one has fitted stays as it is.
     """
     for item in module.modules():
         if getattr(item, "matmul", None) is not F.linear:
@@ -58,7 +64,5 @@ def pack(module: nn.Module) -> None:
         packed = PackedMatmul()
         weight = getattr(item, "weight", None)
         if isinstance(weight, Tensor):
-            if weight.dtype not in PACKED_DTYPES:
-                continue
             packed.prepare(weight)
         item.matmul = packed  # type: ignore[assignment]
