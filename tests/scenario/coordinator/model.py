@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 
 from controlplane.core.messages import (
     CloseConnection,
@@ -38,149 +38,57 @@ from controlplane.core.messages import (
 from controlplane.core.state import ClusterState, Limits
 from controlplane.core.step import step
 from controlplane.runtime.ids import (
-    Attempt,
-    ClusterId,
     DeploymentId,
-    Epoch,
     GatewayId,
     Incarnation,
     NodeId,
     ReplicaId,
-    RequestId,
-    SessionId,
     Term,
 )
 from controlplane.runtime.messages.common import (
-    Capacity,
-    Device,
     Head,
-    ParallelDegrees,
-    Permit,
-    RankPhase,
     Reason,
     ReasonKind,
     ReplicaPhase,
-    ReplicaSpec,
 )
 from controlplane.runtime.messages.route import (
     EndBatch,
     GatewayHeartbeat,
-    GatewayHello,
     GatewayWelcome,
     Inventory,
     JournalInfo,
-    RouteEntry,
     RouteUp,
 )
 from controlplane.runtime.messages.session import (
     AbortGroup,
     AssignBatch,
-    AttachDown,
     AttachUp,
     Drained,
     DrainNode,
     FormGroup,
     GroupPhase,
-    GroupState,
-    Heartbeat,
     LoadReplica,
     PrepareGroup,
-    RankInfo,
-    RankState,
     ReleaseReplica,
-    ReplicaInfo,
-    ReplicaLoad,
     UndrainNode,
-    WorkerHello,
-    WorkerSnapshot,
-    WorkerWelcome,
 )
 from controlplane.runtime.records import DeploymentRecord, NodeRecord, PlacementRecord
-from controlplane.runtime.timing import Timings, derive_timings
+from controlplane.runtime.timing import Timings
 from tests.scenario.coordinator.duties import Duties
-
-CLUSTER = ClusterId("c" * 32)
-TIMINGS = derive_timings()
-CAPACITY = Capacity(total_blocks=1000, block_tokens=16, max_sequences=4, max_batch_tokens=512, max_model_tokens=4096)
-
-
-def deployment(
-    name: str = "m", replicas: int = 1, tensor: int = 1, pipeline: int = 1, path: str = "/models/m"
-) -> DeploymentRecord:
-    degrees = ParallelDegrees(tensor=tensor, pipeline=pipeline)
-    spec = ReplicaSpec(deployment=DeploymentId(name), model_path=path, degrees=degrees)
-    return DeploymentRecord(deployment=DeploymentId(name), model=name, spec=spec, replicas=replicas)
-
-
-def entry(request: str, *, prompt: int = 100, max_tokens: int = 50, name: str = "m", **fields: object) -> RouteEntry:
-    return RouteEntry(
-        request=RequestId(request),
-        attempt=Attempt(int(str(fields.pop("attempt", 1)))),
-        deployment=DeploymentId(name),
-        prompt_tokens=prompt,
-        max_tokens=max_tokens,
-        **fields,  # type: ignore[arg-type]
-    )
-
-
-@dataclass
-class Held:
-    """A replica as a worker holds it."""
-
-    epoch: Epoch
-    phase: ReplicaPhase
-    devices: dict[str, int]
-    progress: int = 0
-
-
-@dataclass
-class Worker:
-    node: NodeId
-    incarnation: Incarnation
-    lease: int
-    devices: tuple[str, ...]
-    alive: bool = True
-    # Hung: takes nothing in, says nothing.
-    stopped: bool = False
-    # Its port refuses connects although it lives.
-    refuses: bool = False
-    draining: bool = False
-    connection: ConnectionId | None = None
-    session: SessionId = SessionId(0)
-    sent: int = 0
-    received: int = 0
-    inbox: deque[AttachDown] = field(default_factory=deque[AttachDown])
-    held: dict[ReplicaId, Held] = field(default_factory=dict[ReplicaId, Held])
-    assigned: dict[RequestId, Permit] = field(default_factory=dict[RequestId, Permit])
-    # What its heartbeats say of a replica beside epoch and progress.
-    loads: dict[ReplicaId, dict[str, float]] = field(default_factory=dict[ReplicaId, dict[str, float]])
-    # Devices whose rank process is being started again.
-    down: deque[str] = field(default_factory=deque[str])
-    weights: dict[str, str] = field(default_factory=dict[str, str])
-
-    @property
-    def address(self) -> str:
-        return f"{self.node}:7000"
-
-    def record(self) -> NodeRecord:
-        return NodeRecord(
-            node=self.node,
-            incarnation=self.incarnation,
-            serve_address=self.address,
-            host=f"{self.node}.host",
-            pid=100,
-            boot_id="boot",
-            lease_id=self.lease,
-        )
-
-
-@dataclass
-class GatewayPeer:
-    gateway: GatewayId
-    incarnation: Incarnation
-    connection: ConnectionId | None = None
-    session: SessionId = SessionId(0)
-    sent: int = 0
+from tests.scenario.coordinator.peers import (
+    CLUSTER,
+    TIMINGS,
+    GatewayPeer,
+    Held,
+    Worker,
+    exit_of,
+    gateway_hello_of,
+    group_state_of,
+    heartbeat_of,
+    hello_of,
+    idle_rank,
+    snapshot_of,
+)
 
 
 class Cluster:
@@ -229,11 +137,8 @@ class Cluster:
     def _take(self, effect: Effect) -> None:
         match effect:
             case SendWorker():
-                worker = next((one for one in self.workers.values() if one.connection == effect.connection), None)
-                if worker is not None:
-                    if isinstance(effect.body, WorkerWelcome):
-                        worker.session = effect.body.session
-                    worker.inbox.append(effect.body)
+                for worker in [one for one in self.workers.values() if one.connection == effect.connection]:
+                    worker.take(effect.body)
             case SendGateway():
                 for gateway in self.gateways.values():
                     if gateway.connection == effect.connection and isinstance(effect.body, GatewayWelcome):
@@ -246,8 +151,6 @@ class Cluster:
                 self.probes.append(effect)
             case RevokeLease():
                 self.revokes.append(effect)
-            case _:
-                pass
 
     def successor(self) -> Cluster:
         """Another control plane, just elected: the same etcd, the same peers without a session."""
@@ -255,21 +158,17 @@ class Cluster:
         other.now, other.leases, other.watch, other.etcd_up = self.now, self.leases, self.watch, True
         other.keys, other.placements, other.deployments = self.keys, self.placements, self.deployments
         for worker in self.workers.values():
-            worker.connection, worker.session = None, SessionId(0)
-            worker.inbox.clear()
+            worker.disconnect()
         for peer in self.gateways.values():
             peer.connection = None
         other.workers, other.gateways = self.workers, self.gateways
         return other
 
     def _closed_from_above(self, connection: ConnectionId) -> None:
-        for worker in self.workers.values():
-            if worker.connection == connection:
-                worker.connection, worker.session = None, SessionId(0)
-                worker.inbox.clear()
-        for peer in self.gateways.values():
-            if peer.connection == connection:
-                peer.connection = None
+        for worker in [one for one in self.workers.values() if one.connection == connection]:
+            worker.disconnect()
+        for peer in [one for one in self.gateways.values() if one.connection == connection]:
+            peer.connection = None
 
     # ------------------------------------------------------------ etcd
 
@@ -337,46 +236,13 @@ class Cluster:
     def attach(self, worker: Worker) -> list[Effect]:
         """Open a session and send the whole Snapshot."""
         effects = self.hello(worker)
-        return effects + self.say(worker, self.snapshot_of(worker)) if worker.session else effects
+        return effects + self.say(worker, snapshot_of(worker)) if worker.session else effects
 
     def hello(self, worker: Worker, **fields: object) -> list[Effect]:
         self.connections += 1
-        worker.connection = ConnectionId(self.connections)
-        worker.session, worker.sent, worker.received = SessionId(0), 0, 0
-        worker.inbox.clear()
-        values: dict[str, object] = {
-            "cluster": CLUSTER,
-            "node": worker.node,
-            "incarnation": worker.incarnation,
-            "serve_address": worker.address,
-            "boot_id": "boot",
-            "highest_term_seen": Term(0),
-            "lease_id": worker.lease,
-            "devices": tuple(Device(id=device) for device in worker.devices),
-            "host": f"{worker.node}.host",
-            "pid": 100,
-        }
-        return self.step(WorkerOpened(worker.connection, WorkerHello(**(values | fields))))  # type: ignore[arg-type]
-
-    def snapshot_of(self, worker: Worker) -> WorkerSnapshot:
-        ranks = tuple(
-            RankInfo(
-                device=device,
-                pid=200,
-                phase=RankPhase.SERVING,
-                replica=name,
-                epoch=held.epoch,
-                rank=rank,
-                weights=worker.weights.get(device, ""),
-            )
-            for name, held in worker.held.items()
-            for device, rank in held.devices.items()
-        )
-        replicas = tuple(
-            ReplicaInfo(replica=name, epoch=held.epoch, phase=held.phase, capacity=CAPACITY)
-            for name, held in worker.held.items()
-        )
-        return WorkerSnapshot(ranks=ranks, replicas=replicas, draining=worker.draining)
+        worker.disconnect()
+        worker.connection, worker.sent, worker.received = ConnectionId(self.connections), 0, 0
+        return self.step(WorkerOpened(worker.connection, hello_of(worker, **fields)))
 
     def say(self, worker: Worker, body: AttachUp) -> list[Effect]:
         assert worker.connection is not None
@@ -385,27 +251,7 @@ class Cluster:
         return self.step(WorkerSaid(worker.connection, head, body))
 
     def beat(self, worker: Worker) -> list[Effect]:
-        """A heartbeat with the loads as they are set; progress moves on unless the load says `stuck`."""
-        loads: list[ReplicaLoad] = []
-        for name, held in worker.held.items():
-            if held.phase is not ReplicaPhase.READY:
-                continue
-            values = worker.loads.get(name, {})
-            running = sum(permit.replica == name for permit in worker.assigned.values())
-            held.progress += 0 if values.get("stuck") else 1
-            loads.append(
-                ReplicaLoad(
-                    replica=name,
-                    epoch=held.epoch,
-                    free_blocks=int(values.get("free", CAPACITY.total_blocks)),
-                    running=int(values.get("running", running)),
-                    waiting=int(values.get("waiting", 0)),
-                    step_ms=values.get("step_ms", 10.0),
-                    progress=held.progress,
-                    waiting_tokens=int(values.get("waiting_tokens", 0)),
-                )
-            )
-        return self.say(worker, Heartbeat(uptime_ms=1, replicas=tuple(loads)))
+        return self.say(worker, heartbeat_of(worker))
 
     def answer_next(self, worker: Worker) -> list[Effect]:
         """The worker handles its oldest frame."""
@@ -426,7 +272,7 @@ class Cluster:
                 held = worker.held.get(frame.replica)
                 if held is not None and held.epoch <= frame.epoch:
                     del worker.held[frame.replica]
-                    self._end_sequences(worker, frame.replica)
+                    worker.end_sequences(frame.replica)
             case AssignBatch():
                 worker.assigned.update({permit.request: permit for permit in frame.permits})
             case DrainNode():
@@ -434,8 +280,6 @@ class Cluster:
                 return self.say(worker, Drained()) if not worker.assigned else []
             case UndrainNode():
                 worker.draining = False
-            case _:
-                pass
         return []
 
     def _advance(
@@ -451,20 +295,7 @@ class Cluster:
         return self.group(worker, frame.replica, answer)
 
     def group(self, worker: Worker, replica: ReplicaId, phase: GroupPhase, *, ok: bool = True) -> list[Effect]:
-        held = worker.held[replica]
-        first = 0 in held.devices.values()
-        return self.say(
-            worker,
-            GroupState(
-                replica=replica,
-                epoch=held.epoch,
-                phase=phase,
-                ok=ok,
-                reason=None if ok else Reason(kind=ReasonKind.GROUP_FAILED, text="peer gone", node=worker.node),
-                rendezvous=f"{worker.node}.host:29500" if first and phase is GroupPhase.PREPARED else "",
-                capacity=CAPACITY if first and phase is GroupPhase.LOADED else None,
-            ),
-        )
+        return self.say(worker, group_state_of(worker, replica, phase, ok=ok))
 
     def rank_exits(self, worker: Worker, device: str, suspects: tuple[str, ...] = ()) -> list[Effect]:
         """A rank process dies; its daemon lives and says so."""
@@ -472,37 +303,18 @@ class Cluster:
         del worker.held[name]
         worker.weights.pop(device, None)
         worker.down.append(device)
-        self._end_sequences(worker, name)
-        return self.say(
-            worker,
-            RankState(
-                device=device,
-                pid=200,
-                replica=name,
-                epoch=held.epoch,
-                rank=held.devices[device],
-                phase=RankPhase.EXITED,
-                reason=Reason(kind=ReasonKind.PROCESS_EXITED, text="signal 9", node=worker.node),
-                exit_signal=9,
-                suspects=tuple(RequestId(name) for name in suspects),
-            ),
-        )
+        worker.end_sequences(name)
+        return self.say(worker, exit_of(name, held, device, suspects))
 
     def rank_comes_up(self, worker: Worker) -> list[Effect]:
         """The zygote forked a new rank for the device that lost its own."""
         device = worker.down.popleft()
-        state = RankState(device=device, pid=201, replica=ReplicaId(""), epoch=Epoch(0), rank=0, phase=RankPhase.IDLE)
-        return self.say(worker, state)
-
-    @staticmethod
-    def _end_sequences(worker: Worker, replica: ReplicaId) -> None:
-        for request in [name for name, permit in worker.assigned.items() if permit.replica == replica]:
-            del worker.assigned[request]
+        return self.say(worker, idle_rank(device))
 
     def break_stream(self, worker: Worker) -> list[Effect]:
         assert worker.connection is not None
-        connection, worker.connection, worker.session = worker.connection, None, SessionId(0)
-        worker.inbox.clear()
+        connection = worker.connection
+        worker.disconnect()
         return self.step(WorkerClosed(connection))
 
     def kill(self, worker: Worker) -> list[Effect]:
@@ -530,16 +342,7 @@ class Cluster:
         self.connections += 1
         peer.connection = ConnectionId(self.connections)
         peer.sent = 0
-        hello = GatewayHello(
-            cluster=CLUSTER,
-            gateway=peer.gateway,
-            incarnation=peer.incarnation,
-            url=f"http://{peer.gateway}",
-            highest_term_seen=Term(0),
-            pid=300,
-            host=f"{peer.gateway}.host",
-        )
-        effects = self.step(GatewayOpened(peer.connection, hello))
+        effects = self.step(GatewayOpened(peer.connection, gateway_hello_of(peer)))
         return effects + self.tell(peer, Inventory(journals=journals, last=last))
 
     def tell(self, peer: GatewayPeer, body: RouteUp) -> list[Effect]:
@@ -563,9 +366,8 @@ class Cluster:
         """Live peers send their heartbeats, then the coordinator ticks."""
         self.now += self.timings.heartbeat_interval if seconds is None else seconds
         effects: list[Effect] = []
-        for worker in list(self.workers.values()):
-            if worker.session and worker.alive and not worker.stopped:
-                effects += self.beat(worker)
+        for worker in self._speaking():
+            effects += self.beat(worker)
         for peer in list(self.gateways.values()):
             if peer.connection is not None:
                 effects += self.tell(peer, GatewayHeartbeat(open_requests=0, journal_tokens=0, loop_lag_ms=0))
@@ -574,23 +376,24 @@ class Cluster:
     def settle(self) -> list[Effect]:
         """etcd, probes and all live workers answer until nothing is left to say."""
         effects: list[Effect] = []
-        busy = True
-        while busy:
-            busy = False
-            while self.writes:
-                effects += self.write_next()
-                busy = True
-            while self.probes:
-                effects += self.probe_next()
-                busy = True
-            while self.revokes:
-                effects += self.revoke_next()
-                busy = True
-            for worker in list(self.workers.values()):
-                while worker.down and worker.alive and worker.session:
-                    effects += self.rank_comes_up(worker)
-                    busy = True
-                while worker.inbox and worker.alive and not worker.stopped and worker.connection is not None:
-                    effects += self.answer_next(worker)
-                    busy = True
+        while (answer := self._next_answer()) is not None:
+            effects += answer()
         return effects
+
+    def _next_answer(self) -> Callable[[], list[Effect]] | None:
+        for waiting, answer in (
+            (self.writes, self.write_next),
+            (self.probes, self.probe_next),
+            (self.revokes, self.revoke_next),
+        ):
+            if waiting:
+                return answer
+        for worker in self._speaking():
+            if worker.down:
+                return partial(self.rank_comes_up, worker)
+            if worker.inbox:
+                return partial(self.answer_next, worker)
+        return None
+
+    def _speaking(self) -> list[Worker]:
+        return [worker for worker in self.workers.values() if worker.session and worker.alive and not worker.stopped]

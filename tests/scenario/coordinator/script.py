@@ -69,7 +69,8 @@ from controlplane.runtime.messages.route import (
     RouteEntry,
 )
 from controlplane.runtime.messages.session import AssignBatch, Drained, Fenced, GroupPhase, Leaving
-from tests.scenario.coordinator.model import Cluster, deployment, entry
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import deployment, entry
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from controlplane.runtime.messages.route import (
     RouteCause,
     RoutedBatch,
 )
-from tests.scenario.coordinator.model import Cluster, GatewayPeer, Worker, deployment, entry
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import GatewayPeer, Worker, deployment, entry
 
 WORKERS = ("w1", "w2", "w3")
 DEVICES = 2

@@ -22,7 +22,8 @@ from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId, RequestId
 from controlplane.runtime.messages.common import ParallelDegrees, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import RouteBatch
 from controlplane.runtime.records import DeploymentRecord
-from tests.scenario.coordinator.model import Cluster, deployment, entry
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import deployment, entry
 
 M = DeploymentId("m")
 

@@ -19,7 +19,8 @@ from controlplane.runtime.messages.route import (
     RouteBatch,
     RoutedBatch,
 )
-from tests.scenario.coordinator.model import Cluster, GatewayPeer, deployment, entry
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import GatewayPeer, deployment, entry
 
 M0 = ReplicaId("m-0")
 

@@ -18,7 +18,8 @@ from controlplane.core.messages import (
 )
 from controlplane.runtime.ids import DeploymentId, NodeId
 from controlplane.runtime.messages.session import Relet
-from tests.scenario.coordinator.model import Cluster, Worker, deployment
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import Worker, deployment
 
 W1 = NodeId("w1")
 

@@ -8,7 +8,7 @@ from controlplane.core.load import Load
 from controlplane.core.prediction import CROWDING, STEP_S_GUESS, congestion_s, demand, fits, pace, predicted_s
 from controlplane.runtime.ids import Epoch, ReplicaId, RequestId
 from controlplane.runtime.messages.session import ReplicaLoad
-from tests.scenario.coordinator.model import CAPACITY, entry
+from tests.scenario.coordinator.peers import CAPACITY, entry
 
 ENTRY = entry("r1", prompt=160, max_tokens=50, prefix_hashes=(1, 2, 3))
 

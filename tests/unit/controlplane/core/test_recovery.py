@@ -33,7 +33,8 @@ from controlplane.runtime.messages.session import (
     PrepareGroup,
     RankState,
 )
-from tests.scenario.coordinator.model import Cluster, Worker, deployment, entry
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import Worker, deployment, entry
 
 M0 = ReplicaId("m-0")
 

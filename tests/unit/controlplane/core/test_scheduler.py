@@ -16,7 +16,8 @@ from controlplane.runtime.messages.route import (
     RouteRefused,
 )
 from controlplane.runtime.messages.session import AssignBatch, AssignLapsed
-from tests.scenario.coordinator.model import CAPACITY, Cluster, GatewayPeer, deployment, entry
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import CAPACITY, GatewayPeer, deployment, entry
 
 WINDOW = 2 * CAPACITY.max_sequences
 

@@ -16,7 +16,8 @@ from controlplane.core.messages import (
 from controlplane.runtime.ids import ClusterId, DeploymentId, Epoch, ReplicaId, SessionId, Term
 from controlplane.runtime.messages.common import Head, ReasonKind
 from controlplane.runtime.messages.session import Fenced, GroupPhase, GroupState, Heartbeat, ReplicaLoad, SessionRefused
-from tests.scenario.coordinator.model import Cluster, Worker, deployment
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import Worker, deployment
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from controlplane.runtime.ids import DeploymentId
 from controlplane.runtime.messages.common import ReplicaPhase
 from controlplane.runtime.messages.route import RouteBatch
 from protos.perdure.v1 import admin_pb2
-from tests.scenario.coordinator.model import Cluster, deployment, entry
+from tests.scenario.coordinator.model import Cluster
+from tests.scenario.coordinator.peers import deployment, entry
 
 
 def serving() -> Cluster:
