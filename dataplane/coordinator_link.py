@@ -141,24 +141,30 @@ class CoordinatorLink:
             await self._leader.changed()
 
     async def _follow(self) -> None:
+        logged = ("", "")
         while not self._ending:
-            for address in await self._addresses():
-                text = await self._attempt(address)
-                log.info("leader_link_ended", address=address, reason=text)
-            if not self._said and not self._ending:
+            address = await self._address()
+            ended = (address, await self._attempt(address))
+            if ended != logged:
+                logged = ended
+                log.info("leader_link_ended", address=address, reason=ended[1])
+            if not self._ending and not self._knows_better_than(address):
                 await race(self._clock.sleep(self._backoff.next()), self._leader.changed())
         self._ended.set()
         await asyncio.Event().wait()
 
-    async def _addresses(self) -> tuple[str, ...]:
-        """Where to look, best first; waits until someone has said where."""
+    def _knows_better_than(self, address: str) -> bool:
+        return bool(self._said) or self._leader.addresses[:1] not in ((), (address,))
+
+    async def _address(self) -> str:
+        """Where to look; waits until someone has said where."""
         if self._said:
             said, self._said = self._said, ""
-            return (said,)
+            return said
         while not self._leader.addresses:
             log.info("leader_awaited")
             await self._leader.changed()
-        return self._leader.addresses[:1]
+        return self._leader.addresses[0]
 
     async def _attempt(self, address: str) -> str:
         """One link from dial to end. Why it ended."""
@@ -168,13 +174,13 @@ class CoordinatorLink:
         try:
             # A channel of its own each time: an old one would sit out its backoff.
             async with grpc.aio.insecure_channel(address, options=channel_options(self._timings)) as channel:
-                async with asyncio.timeout(self._timings.stage):
-                    await channel.channel_ready()
                 call = session_pb2_grpc.SessionStub(channel).Attach()
-                opened = True
-                self._post(LeaderOpened(link.link, address))
                 try:
-                    await race(link.write(call), self._read(call, link), self._greet(link))
+                    async with asyncio.timeout(self._timings.stage):
+                        await race(call.wait_for_connection(), self._moved(address))
+                    opened = True
+                    self._post(LeaderOpened(link.link, address))
+                    await race(link.write(call), self._read(call, link), self._greet(link), self._moved(address))
                 finally:
                     call.cancel()
         except TimeoutError:
@@ -188,6 +194,13 @@ class CoordinatorLink:
             if opened:
                 self._post(LeaderClosed(link.link))
         return "ended"
+
+    async def _moved(self, address: str) -> None:
+        """Raises LinkEnded once somewhere else has become the best place to look."""
+        before = self._leader.addresses[:1]
+        while self._leader.addresses[:1] in ((), before, (address,)):
+            await self._leader.changed()
+        raise LinkEnded("the leader is elsewhere")
 
     async def _greet(self, link: _Link) -> None:
         """A Welcome answers the Hello in time, or the link is dropped."""

@@ -24,7 +24,7 @@ from dataplane.core.messages import Recorded, SendRank
 from dataplane.core.shadows import drop, finish_choice, make_room, stop_choices
 from dataplane.core.state import Choice, Request, Stream, Turn
 from dataplane.core.sync import rebind
-from dataplane.core.terms import see_term
+from dataplane.core.terms import see_term, tell_fenced
 from dataplane.frames import SequenceId
 
 CLOSED_SEQUENCE = SequenceId(0)
@@ -62,9 +62,9 @@ def _bytes_held(message: OpenRequest) -> int:
 
 def _refuse(turn: Turn, stream: Stream, message: OpenRequest, refusal: Refusal) -> None:
     code, reason = refusal
-    if code in (OpenCode.STALE_TERM, OpenCode.STALE_EPOCH, OpenCode.DUPLICATE):
-        turn.state.fenced["OpenRequest"] += 1
     permit = message.permit
+    if code in (OpenCode.STALE_TERM, OpenCode.STALE_EPOCH, OpenCode.DUPLICATE):
+        tell_fenced(turn, message, permit.term, permit.epoch)
     turn.emit(Recorded("open_refused", permit.replica, permit.epoch, permit.request, reason, {"code": code.name}))
     send(turn, stream, OpenRefused(request=permit.request, attempt=permit.attempt, code=code, reason=reason))
 

@@ -70,10 +70,19 @@ def fence_epoch(turn: Turn, message: AttachDown, epoch: Epoch) -> None:
     _fence(turn, message, Term(0), epoch)
 
 
+def tell_fenced(turn: Turn, message: object, term: Term, epoch: Epoch) -> None:
+    """Count a refused frame of anyone, and tell the leader of it."""
+    tell(turn, _count_fenced(turn, message, term, epoch))
+
+
 def _fence(turn: Turn, message: AttachDown, term: Term, epoch: Epoch) -> None:
+    body = _count_fenced(turn, message, term, epoch)
+    # Whoever sent it is told, with or without a session.
+    if turn.state.leader is not None:
+        turn.emit(SendLeader(turn.state.leader.link, body))
+
+
+def _count_fenced(turn: Turn, message: object, term: Term, epoch: Epoch) -> Fenced:
     frame = type(message).__name__
     turn.state.fenced[frame] += 1
-    leader = turn.state.leader
-    if leader is not None:
-        body = Fenced(frame=frame, seen_term=term, seen_epoch=epoch, highest_term=turn.state.highest_term)
-        turn.emit(SendLeader(leader.link, body))
+    return Fenced(frame=frame, seen_term=term, seen_epoch=epoch, highest_term=turn.state.highest_term)

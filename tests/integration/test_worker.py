@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from controlplane.runtime.etcd_server import EtcdChild
 from controlplane.runtime.host import process_is_dead
-from controlplane.runtime.ids import Epoch
+from controlplane.runtime.ids import Epoch, Term
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.serve import SlotCursor, SlotsLost, SyncReply, SyncSlots, WorkerDraining
 from controlplane.runtime.messages.session import (
@@ -283,6 +283,21 @@ async def test_a_higher_term_takes_the_session_over(played: Stage) -> None:
         await eventually("the old session ends", lambda: played.leader.ended == 1)
     finally:
         await successor.stop()
+
+
+async def test_a_silent_leader_is_left_as_soon_as_another_leads(played: Stage) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        silent = PlayedLeader(term=2)
+        silent.port = deaf.getsockname()[1]
+        await played.put_leader(silent)
+        worker = await played.worker()
+        await eventually("it knocks at the deaf one", lambda: '"term": 2' in worker.log_text())
+        played.leader.term = Term(3)
+        await played.put_leader(played.leader)
+        await played.leader.told(WorkerSnapshot)
+        assert "the leader is elsewhere" in worker.log_text()
 
 
 async def test_frames_of_an_old_term_are_refused_and_counted(played: Stage) -> None:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from controlplane.runtime.ids import Attempt, Epoch, ReplicaId, RequestId, Slot, Term
 from controlplane.runtime.messages import serve, session
@@ -158,17 +159,14 @@ class Script:
         worker = self.worker
         match verb:
             case "connects":
-                return worker.connect(name, *plain)
+                return worker.connect(name, plain[0] if plain else None)
             case "disconnects":
                 return worker.disconnect(name)
             case "reads":
                 return worker.flush(name)
             case "opens":
                 request, _, attempt = plain[0].partition(".")
-                values = {key: value if key == "replica" else int(value) for key, value in options.items()}
-                if "delivered" in values:
-                    values["delivered"] = tuple(range(values["delivered"]))
-                return worker.open(name, request, attempt=int(attempt or 1), **values)
+                return worker.open(name, request, attempt=int(attempt or 1), **_body(options))
             case "syncs":
                 cursors = tuple(_cursor(key, value) for key, value in options.items())
                 return worker.gateway_says(name, serve.SyncSlots(slots=cursors))
@@ -263,6 +261,13 @@ def _tokens(word: str) -> tuple[int, list[int]]:
     """ "FIRST:COUNT": tokens that are their own index."""
     first, _, count = word.partition(":")
     return int(first), list(range(int(first), int(first) + int(count)))
+
+
+def _body(options: dict[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {key: value if key == "replica" else int(value) for key, value in options.items()}
+    if "delivered" in values:
+        values["delivered"] = tuple(range(values["delivered"]))
+    return values
 
 
 def _cursor(key: str, value: str) -> serve.SlotCursor:
