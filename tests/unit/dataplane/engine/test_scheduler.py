@@ -48,7 +48,7 @@ machines = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     machine=machines,
     depth=st.integers(1, 3),
