@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_TOKENS_COMPLETION = 16
 """The completions API's default."""
@@ -135,6 +135,13 @@ class ChatMessage(BaseModel):
 
     role: str
     content: str | list[TextPart] | None = None
+
+    @model_validator(mode="after")
+    def _content_is_there(self) -> ChatMessage:
+        # Only an assistant may have said nothing but a tool call.
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content is required in a message of role {self.role!r}")
+        return self
 
     def for_template(self) -> dict[str, Any]:
         plain = self.model_dump(exclude_none=True)

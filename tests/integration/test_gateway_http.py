@@ -262,6 +262,7 @@ class TestRefusals:
             ("completions", {**PROMPT, "response_format": {"type": "json_object"}}, 400, "response_format", "not supp"),
             ("chat/completions", {**CHAT, "messages": []}, 400, "messages", "at least 1"),
             ("chat/completions", {**CHAT, "messages": "hi"}, 400, "messages", "valid list"),
+            ("chat/completions", {**CHAT, "messages": [{"role": "user"}]}, 400, "messages", "content is required"),
             ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
             ("chat/completions", {**CHAT, "max_tokens": 0}, 400, "max_tokens", "at least 1"),
             ("chat/completions", {**CHAT, "max_completion_tokens": 600}, 400, "max_completion_tokens", "too large"),
