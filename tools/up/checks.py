@@ -42,15 +42,6 @@ def cuda_devices(wanted: str) -> int:
     return found
 
 
-def cpu_has_bfloat16(cpuinfo: str) -> bool:
-    """Whether oneDNN can multiply bfloat16 matrices on the CPU that /proc/cpuinfo describes; where it lists no x86
-    flags, we suppose so."""
-    (flags, *_) = [line.partition(":")[2].split() for line in cpuinfo.splitlines() if line.startswith("flags")] or [
-        None
-    ]
-    return flags is None or "avx_ne_convert" in flags or {"avx512bw", "avx512vl", "avx512dq"} <= set(flags)
-
-
 class FreePorts:
     """Hands out ports on which nothing listens, none of them twice and none of those set aside for others."""
 

@@ -34,8 +34,6 @@ class LocalShape:
     # CUDA devices to use; 0: run on the CPU.
     cuda_devices: int = 0
     cpu_cores: int = 1
-    # False: this CPU has no instructions for bfloat16 matrices.
-    cpu_bfloat16: bool = True
 
 
 def fit_to_machine(config: ClusterConfig, shape: LocalShape, free_port: Callable[[int], int]) -> ClusterConfig:
@@ -59,12 +57,8 @@ def fit_to_machine(config: ClusterConfig, shape: LocalShape, free_port: Callable
 
 def _fit_model(model: ModelSection, shape: LocalShape, ranks: int) -> ModelSection:
     """The model's settings where all of `ranks` share this machine's CPU."""
-    if model.cpu_threads == 0:
-        # A worker shares its node's cores among its ranks; here all workers share one machine's.
-        model = _with(model, cpu_threads=max(1, shape.cpu_cores // ranks))
-    if model.dtype == "auto" and not shape.cpu_bfloat16:
-        model = _with(model, dtype="float32")
-    return model
+    # A worker shares its node's cores among its ranks; here all workers share one machine's.
+    return model if model.cpu_threads else _with(model, cpu_threads=max(1, shape.cpu_cores // ranks))
 
 
 def _nodes(config: ClusterConfig, shape: LocalShape) -> list[NodeConfig]:

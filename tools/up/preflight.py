@@ -21,6 +21,9 @@ from controlplane.config import ClusterConfig
 RANK_OVERHEAD_BYTES = 500 * 2**20
 """What a rank holds beside weights and KV cache: torch, transformers and buffers."""
 
+CPU_WEIGHT_COPIES = 2
+"""A CPU rank keeps each matrix as stored and packed for its kernels."""
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 CGROUP_FILES = (
@@ -126,7 +129,7 @@ def too_little_memory(config: ClusterConfig, model: Path, replicas_here: int) ->
         if free is None or each <= free * config.model.mem_fraction_static:
             return []
         return [f"each rank needs {_gib(each)} GiB for weights of {model}, but a GPU has only {_gib(free)} GiB free"]
-    needed = replicas_here * (weights + config.ranks_per_replica * RANK_OVERHEAD_BYTES)
+    needed = replicas_here * (CPU_WEIGHT_COPIES * weights + config.ranks_per_replica * RANK_OVERHEAD_BYTES)
     free = available_memory_bytes()
     if needed <= free:
         return []

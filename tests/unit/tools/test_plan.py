@@ -9,7 +9,7 @@ import pytest
 
 from controlplane.config import ClusterConfig, EtcdConfig
 from controlplane.config_source import ConfigError, Override
-from tools.up.checks import CheckFailed, FreePorts, cpu_has_bfloat16
+from tools.up.checks import CheckFailed, FreePorts
 from tools.up.host_part import HostPart, etcd_arguments, fit_to_hosts, host_devices
 from tools.up.plan import LocalShape, fit_to_machine, plan_local
 from tools.up.state import StateDir
@@ -48,26 +48,6 @@ def test_one_replica_is_spread_over_two_workers() -> None:
 def test_cpu_cores_are_shared_by_all_ranks_of_the_machine() -> None:
     assert fit(config(), LocalShape(workers=2, cpu_cores=8)).model.cpu_threads == 4
     assert fit(config(), LocalShape(workers=4, cpu_cores=2)).model.cpu_threads == 1
-
-
-def test_a_cpu_without_bfloat16_computes_in_float32_unless_told_otherwise() -> None:
-    assert fit(config(), LocalShape(cpu_bfloat16=False)).model.dtype == "float32"
-    assert fit(config(), LocalShape(cpu_bfloat16=False, cuda_devices=2)).model.dtype == "auto"
-    chosen = ClusterConfig.from_flags({("model", "dtype"): Override("bfloat16", "--dtype")})
-    assert fit(chosen, LocalShape(cpu_bfloat16=False)).model.dtype == "bfloat16"
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "has"),
-    [
-        ("processor : 0\nflags\t\t: fpu avx avx2\n", False),
-        ("flags\t\t: fpu avx512bw avx512vl avx512dq\nflags : fpu\n", True),
-        ("flags\t\t: avx2 avx_ne_convert\n", True),
-        ("Features : fp asimd bf16\n", True),
-    ],
-)
-def test_bfloat16_is_read_from_the_cpus_flags(cpuinfo: str, has: bool) -> None:
-    assert cpu_has_bfloat16(cpuinfo) is has
 
 
 def test_gpus_are_split_over_the_workers() -> None:

@@ -78,7 +78,7 @@ def test_weights_are_counted_as_they_will_be_loaded(tmp_path: Path) -> None:
 
 
 def test_too_many_replicas_for_the_memory(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", elements=preflight.available_memory_bytes() // 8)
+    folder = write_model(tmp_path / "model", elements=preflight.available_memory_bytes() // 16)
     config = ClusterConfig.from_flags({("model", "dtype"): Override("bfloat16", "--dtype")})
     assert preflight.too_little_memory(config, folder, 1) == []
     (line,) = preflight.too_little_memory(config, folder, 5)
