@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Further options of `perdure up` and of pytest: make serve ARGS="--port 9000"
 ARGS ?=
+# Test files run at a time. Many of them wait for leases to expire, so one more than the cores of a small machine.
+JOBS ?= 3
 
 .PHONY: serve test lint check protos clean
 
@@ -14,7 +16,7 @@ serve: $(STAMP)
 	@$(BIN)/perdure up $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	@$(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread a process: test files run side by side. Set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,11 +19,12 @@ from tests.support.models import tiny_model
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    """Two control planes, two workers of one rank, a real etcd, a small real model."""
+    """Two control planes, two workers of one rank, a real etcd, a small real model (PERDURE_TEST_MODEL: another)."""
     folder: Path = tmp_path_factory.mktemp("cluster")
     # large enough that a step takes some milliseconds, so that a kill meets streams in flight
     shape = {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 1024, "max_position_embeddings": 8192}
-    model = tiny_model(folder / "model", "llama", **shape)
+    given = os.environ.get("PERDURE_TEST_MODEL")
+    model = Path(given) if given else tiny_model(folder / "model", "llama", **shape)
     cluster = Cluster(folder, model, controlplanes=2, workers=2)
     try:
         await cluster.start()
