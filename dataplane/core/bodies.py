@@ -97,7 +97,6 @@ def _admit(turn: Turn, stream: Stream, message: OpenRequest) -> None:
         prompt=message.prompt,
         sampling=message.sampling,
         render=message.render,
-        resumable=message.resumable,
         choices=choices,
         bytes_held=_bytes_held(message),
         deadline=turn.now + message.remaining_ms / 1000 if message.remaining_ms else None,

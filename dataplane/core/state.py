@@ -212,7 +212,6 @@ class Request:
     prompt: bytes
     sampling: Sampling
     render: bytes
-    resumable: bool
     choices: list[Choice]
     # What it counts against the bound on shadows.
     bytes_held: int

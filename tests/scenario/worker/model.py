@@ -281,7 +281,6 @@ class Worker:
         prompt: int = 3,
         max_tokens: int = 100,
         leaderless: bool = False,
-        resumable: bool = False,
         remaining_ms: int = 0,
         render: bytes = b"",
     ) -> OpenRequest:
@@ -303,7 +302,6 @@ class Worker:
             prompt=pack_u32(range(prompt)),
             sampling=Sampling(max_tokens=max_tokens),
             render=render,
-            resumable=resumable,
             remaining_ms=remaining_ms,
         )
 
