@@ -60,7 +60,7 @@ class BatchScheduler:
         self._flights: dict[int, list[Entry]] = {}
         self._clock = 0
         self._steps = 0
-        self._solo_turn = False
+        self._solo_next = True
 
     # ------------------------------------------------------------ input and state
 
@@ -120,12 +120,15 @@ class BatchScheduler:
             return None
         floor = len(self._book.running) + self._limits.block_tokens
         draft = Draft(min(max(tokens_max, floor), self._limits.max_batch_tokens), self._limits.max_logits)
-        self._solo_turn = not self._solo_turn
-        if not (self._solo_turn and self._plan_solo(draft)):
+        if not (self._solo_next and self._plan_solo(draft)):
             self._plan_shared(draft)
             if not draft.entries:
                 self._plan_solo(draft)
-        return self._launch(draft) if draft.entries else None
+        if not draft.entries:
+            return None
+        # Turn by turn. A solo sequence whose turn it is keeps it while steps in flight hold it up.
+        self._solo_next = not draft.entries[0].sequence.is_solo
+        return self._launch(draft)
 
     def complete(self, number: int, tokens: Column[int], poisoned: Collection[int] = ()) -> Completed:
         """Step `number`, the oldest in flight, is done. Entry i sampled tokens[i] (ignored if it samples none);
@@ -179,11 +182,11 @@ class BatchScheduler:
     # ------------------------------------------------------------ who goes on
 
     def _plan_solo(self, draft: Draft) -> bool:
-        """Give the whole step to the first sequence that must run alone. False: there is none, or it cannot run yet."""
+        """Give the whole step to the first sequence that must run alone; steps in flight must end before. False: there
+        is none, or it cannot run yet."""
         solo = min((s for s in self._book.sequences.values() if s.is_solo), key=by_rank, default=None)
         if solo is None or not (solo.id in self._book.running or self._admit(solo)):
             return False
-        # Steps in flight hold others: the turn is spent on waiting for them.
         if self._flights:
             return True
         self._advance(solo, draft)
@@ -208,12 +211,9 @@ class BatchScheduler:
             if sequence.id not in self._book.running:
                 if not admits or self._shares_soon(sequence, coming):
                     continue
-                if sequence.is_solo:
-                    # It gets its own step; until it fits, nobody behind it takes the blocks it waits for.
-                    admits = self._fits(sequence, self._hits(sequence))
-                    continue
+                # Until it fits, nobody behind it takes the blocks it waits for.
                 admits = self._admit(sequence)
-                if not admits:
+                if not admits or sequence.is_solo:
                     continue
                 coming.update(sequence.chain[sequence.published :])
             self._advance(sequence, draft)
@@ -304,6 +304,8 @@ class BatchScheduler:
         if not self._book.waiting:
             return
         first = self._book.waiting[0]
+        if self._shares_soon(first, _coming(s for s in self._book.running.values() if not s.is_decoding)):
+            return
         while not self._fits(first, self._hits(first)):
             below = (
                 s

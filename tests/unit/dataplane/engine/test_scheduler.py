@@ -207,6 +207,17 @@ def test_solo_sequence_is_acquitted_and_joins_the_others() -> None:
     assert any(sorted(step) == [1, 2] for step in steps)
 
 
+def test_solo_sequence_is_not_held_up_by_steps_in_flight() -> None:
+    """Its turn comes only when none is in flight, which others must not prevent by launching on."""
+    machine = Machine(limits(), depth=3)
+    machine.submit(request(1, [1] * 4, Sampling(max_tokens=30)), request(2, [2] * 4, Sampling(max_tokens=30)))
+    machine.turn()
+    machine.submit(request(3, [3] * 4, Sampling(max_tokens=2), solo=True))
+    for _ in range(12):
+        machine.turn()
+    assert SequenceId(3) in machine.ends
+
+
 def test_lookahead_feeds_a_token_back_before_it_is_known() -> None:
     machine = Machine(limits(lookahead=True), depth=2)
     machine.submit(request(1, [5, 6], Sampling(max_tokens=4)))
