@@ -183,7 +183,7 @@ def _metrics(port: int | None) -> list[str]:
     return [] if port is None else ["--metrics-port", str(port)]
 
 
-def controlplane_spec(process: ControlPlaneConfig, state: StateDir, advertised: str | None = None) -> ChildSpec:
+def controlplane_spec(process: ControlPlaneConfig, state: StateDir) -> ChildSpec:
     """How to start one control plane of the configuration in `state.config`."""
     return ChildSpec(
         name=str(process.name),
@@ -193,7 +193,7 @@ def controlplane_spec(process: ControlPlaneConfig, state: StateDir, advertised: 
             *("--config", str(state.config)),
             *("--name", str(process.name)),
             *("--host", process.host),
-            *("--advertise-host", advertised or reachable(process.host)),
+            *("--advertise-host", reachable(process.host)),
             *("--port", str(process.port)),
             *("--http-port", str(process.http_port)),
             *("--state-dir", str(state.path)),
