@@ -14,7 +14,8 @@ from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.route import CancelRequest, MoveRequests, RouteCause
 from controlplane.runtime.messages.serve import OpenCode
 from tests.support.gateway import Stage, staged, until
-from tests.support.serving_peer import MODEL, LeaderPeer, WorkerPeer, reference
+from tests.support.leader_peer import LeaderPeer
+from tests.support.serving_peer import MODEL, WorkerPeer, reference
 from tests.support.tokenizers import write_model
 
 TOKENS = 120

@@ -20,7 +20,8 @@ from controlplane.runtime.clock import SystemClock
 from controlplane.runtime.ids import Incarnation, draw_id
 from controlplane.runtime.packing import pack_u32
 from controlplane.runtime.timing import Timings, derive_timings, server_options
-from tests.support.serving_peer import CLUSTER, LeaderBook, LeaderPeer, WorkerPeer
+from tests.support.leader_peer import LeaderBook, LeaderPeer
+from tests.support.serving_peer import CLUSTER, WorkerPeer
 
 PATIENCE_S = 20.0
 

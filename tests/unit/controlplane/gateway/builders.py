@@ -21,9 +21,24 @@ from controlplane.gateway.messages import (
 from controlplane.gateway.state import GatewayState, JournalLimits
 from controlplane.gateway.step import step
 from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, NodeId, ReplicaId, RequestId, Slot, Term
-from controlplane.runtime.messages.common import Permit, Reason, ReasonKind, Sampling
-from controlplane.runtime.messages.route import Routed, RoutedBatch
-from controlplane.runtime.messages.serve import Admitted, Finish, FinishReason, OpenRequest, ServeDown, StepTokens
+from controlplane.runtime.messages.common import Permit, Reason, ReasonKind, ReplicaPhase, Sampling
+from controlplane.runtime.messages.route import (
+    JournalPhase,
+    ReplicaClosed,
+    ReplicaRow,
+    RouteCode,
+    Routed,
+    RoutedBatch,
+    RouteRefused,
+)
+from controlplane.runtime.messages.serve import (
+    Admitted,
+    Finish,
+    FinishReason,
+    OpenRequest,
+    ServeDown,
+    StepTokens,
+)
 from controlplane.runtime.packing import pack_u32
 from controlplane.runtime.timing import derive_timings
 
@@ -124,3 +139,37 @@ def asks(effects: list[Effect]) -> list[AskRoute]:
 
 def failures(effects: list[Effect]) -> list[Failed]:
     return [effect for effect in effects if isinstance(effect, Failed)]
+
+
+def refused(code: RouteCode, *, attempt: int = 1, retry_ms: int = 0) -> LeaderSaid:
+    entry = RouteRefused(request=R, attempt=Attempt(attempt), code=code, reason=WHY, retry_ms=retry_ms)
+    return LeaderSaid(RoutedBatch(refused=(entry,)))
+
+
+def closed(worker: str = W1, *, epoch: int = 1, suspects: tuple[RequestId, ...] = (), kind: ReasonKind = WHY.kind):
+    reason = Reason(kind=kind, text="closed")
+    return LeaderSaid(
+        ReplicaClosed(replica=ReplicaId(f"r-{worker}"), epoch=Epoch(epoch), reason=reason, suspects=suspects)
+    )
+
+
+def row(worker: str = W1, *, epoch: int = 1, phase: ReplicaPhase = ReplicaPhase.READY) -> ReplicaRow:
+    return ReplicaRow(
+        replica=ReplicaId(f"r-{worker}"),
+        epoch=Epoch(epoch),
+        phase=phase,
+        node=NodeId("n"),
+        serve_address=worker,
+        deployment=DeploymentId("demo"),
+        model_path="/m",
+        model="m",
+        numerics="exact",
+    )
+
+
+def bodies(effects: list[Effect]) -> list[object]:
+    return [effect.body for effect in effects if isinstance(effect, SendWorker)]
+
+
+def phase(core: Core) -> JournalPhase:
+    return core.state.journals[R].phase

@@ -35,6 +35,12 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def known(tokenizer: Tokenizer, piece: str) -> int:
+    found = tokenizer.token_to_id(piece)
+    assert found is not None
+    return found
+
+
 def shown(tokenizer: Tokenizer, ids: Sequence[int], context: Sequence[int] = ()) -> list[str]:
     detokenizer = Detokenizer(lambda part: decode(tokenizer, part), context)
     return [detokenizer.add(token) for token in ids]
@@ -66,12 +72,12 @@ def test_the_parts_of_any_tokens_are_the_whole_decode(byte_level: Tokenizer, dat
 
 
 def test_bytes_of_one_character_by_fallback(byte_fallback: Tokenizer):
-    ids = [byte_fallback.token_to_id(f"<0x{byte:02X}>") for byte in "你好".encode()]
+    ids = [known(byte_fallback, f"<0x{byte:02X}>") for byte in "你好".encode()]
     assert shown(byte_fallback, ids) == ["", "", "你", "", "", "好"]
 
 
 def test_a_leading_space_is_kept_after_a_prompt_and_dropped_without(byte_fallback: Tokenizer):
-    the, fox = byte_fallback.token_to_id("▁the"), byte_fallback.token_to_id("▁fox")
+    the, fox = known(byte_fallback, "▁the"), known(byte_fallback, "▁fox")
     assert "".join(shown(byte_fallback, [fox, the], context=[the])) == " fox the"
     assert "".join(shown(byte_fallback, [the, fox])) == "the fox"
 
@@ -84,12 +90,12 @@ def test_special_tokens_leave_no_text_and_do_not_pile_up(byte_level: Tokenizer):
 
 
 def test_bytes_that_are_no_text_come_out_in_the_end(byte_level: Tokenizer):
-    lone = byte_level.token_to_id("ÿ")  # byte 0xFF
+    lone = known(byte_level, "ÿ")  # byte 0xFF
     assert HALF_CHARACTER in "".join(shown(byte_level, [lone] * (HELD_TOKENS_MAX + 2)))
 
 
 def test_a_prompt_that_ends_within_a_character_lends_its_half(byte_level: Tokenizer):
-    first, second = (byte_level.token_to_id(piece) for piece in _byte_pieces("é"))
+    first, second = (known(byte_level, piece) for piece in _byte_pieces("é"))
     assert "".join(shown(byte_level, [second], context=[first])) == "é"
 
 

@@ -8,8 +8,7 @@ from controlplane.gateway.messages import LeaderSaid, WorkerKey
 from controlplane.gateway.readiness import readiness
 from controlplane.runtime.messages.common import ReplicaPhase
 from controlplane.runtime.messages.route import ReplicaTable
-from tests.unit.controlplane.gateway.builders import TIMINGS, W1, Core, tokens
-from tests.unit.controlplane.gateway.test_step import row
+from tests.unit.controlplane.gateway.builders import TIMINGS, W1, Core, row, tokens
 
 
 def ready(core: Core, *, leaderless_for: float = 0.0, heard_ago: float | None = 0.0) -> tuple[bool, str]:
