@@ -25,6 +25,7 @@ import grpc.aio
 import yaml
 from google.protobuf.json_format import MessageToDict
 
+from controlplane.runtime import die_with_parent
 from controlplane.runtime.etcd_server import EtcdChild
 from protos.perdure.v1 import admin_pb2, admin_pb2_grpc
 
@@ -88,7 +89,7 @@ class Daemon:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *self.arguments],
+                die_with_parent.command([sys.executable, "-m", *self.arguments], signal.SIGKILL),
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
