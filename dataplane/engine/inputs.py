@@ -15,9 +15,6 @@ from torch import Tensor
 
 from dataplane.engine.plan import StepPlan
 
-ROWS_MIN_CPU = 4
-"""Products of one to three rows take other kernels than those of more, with other bits: a smaller step is padded."""
-
 Ints = npt.NDArray[np.int64]
 
 
@@ -53,8 +50,10 @@ class StepInputs:
     ragged: Ragged
 
 
-def prepare(plan: StepPlan, block_tokens: int, device: torch.device, needs_rope_lengths: bool) -> StepInputs:
-    """Tensors of `plan` on `device`."""
+def prepare(
+    plan: StepPlan, block_tokens: int, device: torch.device, *, needs_rope_lengths: bool, rows_min: int = 1
+) -> StepInputs:
+    """Tensors of `plan` on `device`, of at least `rows_min` tokens."""
     starts, counts = unpack(plan.starts), unpack(plan.counts)
     offsets = np.cumsum(counts) - counts
     tables = _dense(unpack(plan.tables), unpack(plan.table_lengths))
@@ -62,7 +61,7 @@ def prepare(plan: StepPlan, block_tokens: int, device: torch.device, needs_rope_
     positions = np.arange(len(entry_T)) + (starts - offsets)[entry_T]
     slots = tables[entry_T, positions // block_tokens] * block_tokens + positions % block_tokens
     ropes = unpack(plan.rope_lengths)[entry_T] if needs_rope_lengths else None
-    lacking = max(ROWS_MIN_CPU - len(positions), 0) if device.type == "cpu" else 0
+    lacking = max(rows_min - len(positions), 0)
     return StepInputs(
         tokens_T=_place(_pad(unpack(plan.tokens), lacking), device),
         positions_T=_place(_pad(positions, lacking), device),

@@ -19,13 +19,22 @@ from dataplane.engine.plan import StepPlan, probe_plan
 from dataplane.models.fit import FittedModel, assert_attention_reached
 from dataplane.progress import ProgressPage
 
+ROWS_MIN_PACKED = 2
+"""A packed product of one row has other bits than that of more (linear.py)."""
+
+ROWS_MIN_ROUTED = 4
+"""Routers compute with plain products of their own, and those have other bits below four rows."""
+
 
 class ModelRunner:
     """A loaded model and, after `allocate`, its cache."""
 
     def __init__(self, model: FittedModel, device: torch.device, block_tokens: int, page: ProgressPage | None) -> None:
+        self._rows_min = 1
         if device.type == "cpu":
             pack(model.module)
+            routes = any(hasattr(item, "perdure_experts") for item in model.module.modules())
+            self._rows_min = ROWS_MIN_ROUTED if routes else ROWS_MIN_PACKED
         self._model = model
         self._device = device
         self._block_tokens = block_tokens
@@ -43,7 +52,13 @@ class ModelRunner:
 
     def run(self, plan: StepPlan) -> Tensor:
         """Logits (N, V) of the rows that the plan wants, on the device."""
-        inputs = prepare(plan, self._block_tokens, self._device, self._model.needs_rope_lengths)
+        inputs = prepare(
+            plan,
+            self._block_tokens,
+            self._device,
+            needs_rope_lengths=self._model.needs_rope_lengths,
+            rows_min=self._rows_min,
+        )
         step = CpuAttentionStep(self._cache, inputs, self._page)
         with torch.inference_mode(), running(step):
             return self._model.forward(inputs.tokens_T, None, inputs.positions_T, inputs.rows_N, inputs.rope_lengths_T)

@@ -75,7 +75,7 @@ class Device:
 
     def step(self, *chunks: tuple[int, int, int]) -> list[Tensor]:
         """Attend for (sequence, start, count) chunks in one step."""
-        inputs = prepare(self._plan(chunks), self.shape.block_tokens, CPU, needs_rope_lengths=False)
+        inputs = prepare(self._plan(chunks), self.shape.block_tokens, CPU, needs_rope_lengths=False, rows_min=4)
         step = CpuAttentionStep(self.cache, inputs)
         q, k, v = (torch.cat([side[s][a : a + n] for s, a, n in chunks]) for side in (self.q, self.k, self.v))
         # A small step repeats its last row.
