@@ -163,6 +163,7 @@ def row_of(state: ClusterState, replica: Replica) -> ReplicaRow:
         model_path=spec.model_path if spec else "",
         model=deployment.record.model if deployment else "",
         numerics=spec.numerics if spec else "",
+        max_retries=deployment.record.max_retries if deployment else 0,
     )
 
 

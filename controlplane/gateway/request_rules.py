@@ -141,7 +141,7 @@ def move_on(
     if len(journal.crashes) >= CRASHES_MAX:
         text = f"the request ended {len(journal.crashes)} engines that ran it: {reason.text}"
         return effects + fail(state, journal, Failure.POISON, Reason(kind=ReasonKind.POISON, text=text), now)
-    if journal.retries > state.limits.max_retries:
+    if journal.retries > state.max_retries[journal.asked.deployment]:
         text = f"lost {journal.retries} times, last: {reason.text or reason.kind.name.lower()}"
         spent = Reason(kind=ReasonKind.RETRIES_EXHAUSTED, text=text)
         return effects + fail(state, journal, Failure.RETRIES, spent, now)

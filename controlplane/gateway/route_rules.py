@@ -121,6 +121,7 @@ def on_row(state: GatewayState, row: ReplicaRow, now: float) -> list[Effect]:
         state.rows.pop(row.replica, None)
         return effects
     state.rows[row.replica] = row
+    state.max_retries[row.deployment] = row.max_retries
     if row.phase == ReplicaPhase.READY and row.serve_address:
         effects += want_worker(state, WorkerKey(row.serve_address), row.node)
         for journal in state.journals.values():

@@ -10,7 +10,7 @@ from enum import Enum
 
 from controlplane.gateway.journal import ChoiceJournal, Journal
 from controlplane.gateway.messages import WorkerKey
-from controlplane.runtime.ids import NodeId, ReplicaId, RequestId, Slot
+from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId, RequestId, Slot
 from controlplane.runtime.messages.common import ReplicaPhase
 from controlplane.runtime.messages.route import Inventory, JournalPhase, ReplicaEpoch, ReplicaRow
 from controlplane.runtime.timing import Timings
@@ -24,7 +24,6 @@ class JournalLimits:
     """Bounds on what one gateway holds. Past `journal_tokens_max` new requests are refused."""
 
     journal_tokens_max: int = 64 * 1024 * 1024
-    max_retries: int = 3
     # Consecutive refusals by workers after which a request is given up.
     refusals_max: int = 16
 
@@ -58,6 +57,8 @@ class GatewayState:
     slots: dict[Slot, tuple[Journal, ChoiceJournal]] = field(default_factory=dict[Slot, tuple[Journal, ChoiceJournal]])
     workers: dict[WorkerKey, Worker] = field(default_factory=dict[WorkerKey, Worker])
     rows: dict[ReplicaId, ReplicaRow] = field(default_factory=dict[ReplicaId, ReplicaRow])
+    # Outlives the rows: a deployment may have no replica just when its requests are replayed.
+    max_retries: dict[DeploymentId, int] = field(default_factory=dict[DeploymentId, int])
     leader_up: bool = False
     # Prompt and delivered tokens of all journals.
     journal_tokens: int = 0

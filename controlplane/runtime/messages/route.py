@@ -173,6 +173,8 @@ class ReplicaRow:
     # Served model name.
     model: str
     numerics: str
+    # The deployment's: replays of one request before it fails.
+    max_retries: int = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -246,7 +246,7 @@ class LeaderHeartbeat(_message.Message):
     def __init__(self, frozen: _Optional[bool] = ...) -> None: ...
 
 class ReplicaRow(_message.Message):
-    __slots__ = ("replica", "epoch", "phase", "node", "serve_address", "deployment", "capacity", "model_path", "model", "numerics")
+    __slots__ = ("replica", "epoch", "phase", "node", "serve_address", "deployment", "capacity", "model_path", "model", "numerics", "max_retries")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -257,6 +257,7 @@ class ReplicaRow(_message.Message):
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RETRIES_FIELD_NUMBER: _ClassVar[int]
     replica: str
     epoch: int
     phase: _common_pb2.ReplicaPhase
@@ -267,7 +268,8 @@ class ReplicaRow(_message.Message):
     model_path: str
     model: str
     numerics: str
-    def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.ReplicaPhase, str]] = ..., node: _Optional[str] = ..., serve_address: _Optional[str] = ..., deployment: _Optional[str] = ..., capacity: _Optional[_Union[_common_pb2.Capacity, _Mapping]] = ..., model_path: _Optional[str] = ..., model: _Optional[str] = ..., numerics: _Optional[str] = ...) -> None: ...
+    max_retries: int
+    def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.ReplicaPhase, str]] = ..., node: _Optional[str] = ..., serve_address: _Optional[str] = ..., deployment: _Optional[str] = ..., capacity: _Optional[_Union[_common_pb2.Capacity, _Mapping]] = ..., model_path: _Optional[str] = ..., model: _Optional[str] = ..., numerics: _Optional[str] = ..., max_retries: _Optional[int] = ...) -> None: ...
 
 class ReplicaTable(_message.Message):
     __slots__ = ("full", "rows")

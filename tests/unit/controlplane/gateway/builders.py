@@ -96,8 +96,9 @@ def said(body: ServeDown, worker: WorkerKey = W1) -> WorkerSaid:
 class Core:
     """A gateway's core with a clock, and everything it ever asked for."""
 
-    def __init__(self, limits: JournalLimits | None = None) -> None:
+    def __init__(self, limits: JournalLimits | None = None, *, max_retries: int = 3) -> None:
         self.state = GatewayState(timings=TIMINGS, limits=limits or JournalLimits())
+        self.state.max_retries[DeploymentId("demo")] = max_retries
         self.now = 100.0
         self.effects: list[Effect] = []
 

@@ -153,7 +153,7 @@ class World:
 
     def __init__(self, random: Random) -> None:
         self.random = random
-        self.core = Core(JournalLimits(max_retries=10**6, refusals_max=10**6))
+        self.core = Core(JournalLimits(refusals_max=10**6), max_retries=10**6)
         self.workers = {key: Worker(key) for key in WORKERS}
         self.wire: list[Event] = []
         self.received: dict[tuple[RequestId, int], list[int]] = {}

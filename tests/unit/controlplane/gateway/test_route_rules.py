@@ -200,7 +200,7 @@ class TestLoss:
         assert [ask.entry.attempt for ask in asks(effects)] == [2]
 
     def test_losses_are_limited_by_retries(self):
-        core = Core(JournalLimits(max_retries=1))
+        core = Core(max_retries=1)
         core.running()
         core.do(closed())
         core.do(routed(attempt=2, worker=W2), WorkerUp(W2))
@@ -208,7 +208,7 @@ class TestLoss:
         assert failed.failure is Failure.RETRIES
 
     def test_planned_moves_cost_no_retry(self):
-        core = Core(JournalLimits(max_retries=0))
+        core = Core(max_retries=0)
         core.running()
         move = MoveRequests(replica=ReplicaId(f"r-{W1}"), epoch=Epoch(1), deadline_ms=0, reason=WHY)
         (ask,) = asks(core.do(LeaderSaid(move)))
@@ -260,7 +260,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("code", [OpenCode.FULL, OpenCode.DRAINING, OpenCode.STALE_EPOCH])
     def test_a_workers_refusal_asks_again_without_it(self, code: OpenCode):
-        core = Core(JournalLimits(max_retries=0))
+        core = Core(max_retries=0)
         core.do(LeaderOpened(), accepted(), routed(), WorkerUp(W1))
         refusal = OpenRefused(request=R, attempt=Attempt(1), code=code, reason=WHY)
         (ask,) = asks(core.do(said(refusal)))
