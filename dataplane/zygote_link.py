@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -81,9 +82,10 @@ class ZygoteLink:
             await self._clock.sleep(self._timings.reconnect_max)
 
     def ask(self, message: zygote.Fork) -> None:
-        """For a zygote that is ready."""
+        """For a zygote that is ready. If it is dead already, its death will be told."""
         assert self._control is not None, "ask only a zygote that is ready"
-        self._control.send(zygote.encode(message))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._control.send(zygote.encode(message))
 
     async def _run_one(self) -> int:
         """One zygote's life. Its exit code. Cancelled, it kills the zygote."""
