@@ -39,7 +39,7 @@ async def grpc_stream(address: str, stream: Stream, tokens: int, *, temperature:
     request = inference_pb2.GenerateRequest(prompt=stream.prompt, sampling=options, n=1)
     async with grpc.aio.insecure_channel(address) as channel:
         try:
-            async for event in inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=120):
+            async for event in inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=600):
                 stream.times.append(time.monotonic())
                 stream.indexes.extend(range(event.first_index, event.first_index + len(event.token_ids)))
                 stream.tokens.extend(event.token_ids)
@@ -62,7 +62,7 @@ async def http_stream(url: str, stream: Stream, tokens: int, *, temperature: flo
         "seed": seed,
         "stream": True,
     }
-    timeout = aiohttp.ClientTimeout(total=120)
+    timeout = aiohttp.ClientTimeout(total=600)
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
