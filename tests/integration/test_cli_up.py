@@ -245,6 +245,7 @@ def test_ctl_says_in_one_line_that_nothing_answers(tmp_path: Path) -> None:
     nobody = f"127.0.0.1:{free_port()}"
     result = perdure("ctl", "status", "--address", nobody)
     assert (result.returncode, result.stderr) == (1, f"perdure ctl: nothing answers at {nobody}\n")
+    assert perdure("ctl", "status", "--address", "head").stderr == "perdure ctl: 'head' is not HOST:PORT\n"
     result = perdure("ctl", "status", HOME=str(tmp_path), XDG_STATE_HOME="", PERDURE_ADDRESS="")
     assert result.returncode == 1
     assert result.stderr.startswith(f"perdure ctl: no cluster runs on {tmp_path}/.perdure/local: give --address")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,13 +47,15 @@ def admin(addresses: list[str], timeout_s: float = CALL_TIMEOUT_S) -> Iterator[A
 
 def _reachable(addresses: list[str], timeout_s: float) -> grpc.Channel:
     for address in addresses:
-        channel = grpc.insecure_channel(address)
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise CtlError(f"{address!r} is not HOST:PORT")
         try:
-            grpc.channel_ready_future(channel).result(timeout=timeout_s / len(addresses))
-        except grpc.FutureTimeoutError:
-            channel.close()
+            # gRPC would try a refused address again and again.
+            socket.create_connection((host.strip("[]"), int(port)), timeout_s / len(addresses)).close()
+        except OSError:
             continue
-        return channel
+        return grpc.insecure_channel(address)
     raise CtlError(f"nothing answers at {', '.join(addresses)}")
 
 
