@@ -53,7 +53,7 @@ def _reachable(addresses: list[str], timeout_s: float) -> grpc.Channel:
         try:
             # gRPC would try a refused address again and again.
             socket.create_connection((host.strip("[]"), int(port)), timeout_s / len(addresses)).close()
-        except OSError:
+        except (OSError, OverflowError):
             continue
         return grpc.insecure_channel(address)
     raise CtlError(f"nothing answers at {', '.join(addresses)}")
