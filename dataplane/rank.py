@@ -20,7 +20,10 @@ from controlplane.runtime.errors import PerdureError
 from controlplane.runtime.ids import DeploymentId, Epoch
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
 from dataplane.engine.engine import Engine
+from dataplane.engine.follower import Follower
 from dataplane.engine.link import DaemonGone, DaemonLink
+from dataplane.engine.setup import meet
+from dataplane.engine.watch import AbortWatch
 from dataplane.frames import (
     Abort,
     Aborted,
@@ -39,6 +42,7 @@ from dataplane.frames import (
     Submit,
 )
 from dataplane.models.fit import FittedModel, fingerprint, load_model
+from dataplane.parallel.collectives import all_gather_data
 from dataplane.parallel.mesh import Formation, Mesh, Rendezvous, form_mesh
 from dataplane.progress import ProgressPage
 
@@ -48,16 +52,19 @@ REPORT_INTERVAL_S = 0.02
 STEP_SHARE = 0.1
 """Longest predicted step as a share of the collective timeout: an eighth of the progress deadline (PROTOCOL §6)."""
 
+READ_SHARE = 0.8
+"""Reading weights as a share of the whole load; packing and measuring are the rest."""
+
 _log = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class Held:
-    """Weights on the device, and the engine around them while its spec lasts."""
+    """Weights on the device, and what runs them while its spec lasts."""
 
     model: FittedModel
-    engine: Engine | None
     spec: ReplicaSpec
+    engine: Engine | Follower | None = None
 
 
 class Rank:
@@ -73,7 +80,8 @@ class Rank:
         self._rendezvous: Rendezvous | None = None
         self._mesh: Mesh | None = None
         self._held: Held | None = None
-        self._serving: Engine | None = None
+        self._serving: Engine | Follower | None = None
+        self._watch: AbortWatch | None = None
         self._report_due = 0.0
         self._report_stale = False
 
@@ -93,27 +101,31 @@ class Rank:
         """Seconds to wait for frames: none with work to do, else until the next report is due."""
         if self._serving is None:
             return None
-        if self._serving.has_work:
+        if isinstance(self._serving, Follower) or self._serving.has_work:
             return 0
         return max(self._report_due - time.monotonic(), 0) if self._report_stale else None
 
     def _work(self) -> None:
         engine = self._serving
-        if engine is None:
-            return
-        if engine.has_work:
-            self._attempt("step", self._step)
-        if self._serving is not None and self._report_stale and time.monotonic() >= self._report_due:
-            self._link.send(engine.load_report())
-            self._report_due = time.monotonic() + REPORT_INTERVAL_S
-            self._report_stale = False
+        if isinstance(engine, Follower):
+            # Until the driver's next plan, or the epoch's end: the watch on the abort word wakes it.
+            self._attempt("step", engine.run)
+        elif engine is not None:
+            if engine.has_work:
+                self._attempt("step", lambda: self._step(engine))
+            self._report()
 
-    def _step(self) -> None:
-        assert self._serving is not None
-        done = self._serving.step(self._link.send)
+    def _step(self, engine: Engine) -> None:
+        done = engine.step(self._link.send)
         if done is not None:
             self._link.send(done)
             self._report_stale = True
+
+    def _report(self) -> None:
+        if isinstance(self._serving, Engine) and self._report_stale and time.monotonic() >= self._report_due:
+            self._link.send(self._serving.load_report())
+            self._report_due = time.monotonic() + REPORT_INTERVAL_S
+            self._report_stale = False
 
     def _obey(self, frame: DaemonFrame) -> None:
         match frame:
@@ -126,11 +138,11 @@ class Rank:
             case Load():
                 self._in_epoch(frame.epoch, "load", self._load)
             case Submit():
-                if self._serving is not None:
+                if isinstance(self._serving, Engine):
                     self._serving.submit(frame.sequences)
                     self._report_stale = True
             case Cancel():
-                if self._serving is not None:
+                if isinstance(self._serving, Engine):
                     self._serving.cancel(frame.sequences)
             case Abort():
                 self._leave()
@@ -178,31 +190,51 @@ class Rank:
             self._mesh = form_mesh(
                 _formation(prepared, self._device), prepared.rank, self._device, rendezvous, deadline, self._page
             )
+            self._watch = AbortWatch(self._mesh, self._page, prepared.epoch)
         self._link.send(Formed(prepared.epoch))
 
     def _load(self) -> None:
         prepared, mesh = self._expect_prepared(), self._mesh
         assert mesh is not None, "Load comes after Form"
-        engine = self._engine(prepared, mesh)
+        held = self._hold(prepared.spec, mesh)
+        engine = self._engine(held, prepared)
         engine.reset(prepared.epoch)
         self._serving = engine
         self._report_stale = True
-        self._link.send(Loaded(prepared.epoch, engine.capacity, self._held.model.weights if self._held else ""))
+        self._link.send(Loaded(prepared.epoch, engine.capacity, held.model.weights))
 
-    def _engine(self, prepared: Prepare, mesh: Mesh) -> Engine:
-        """The engine for this epoch, made of what is held as far as it fits."""
-        spec = prepared.spec
+    def _hold(self, spec: ReplicaSpec, mesh: Mesh) -> Held:
+        """The weights for `spec`: those that are here, if they fit."""
         held = self._held
-        if held is None or held.model.weights != fingerprint(spec, mesh):
-            # The old weights go first: two models do not fit on one device.
-            self._held = held = None
-            held = self._held = Held(load_model(spec, mesh, self._device, self._progress), None, spec)
-        if held.engine is None or _shape(held.spec) != _shape(spec):
-            held.engine = None
-            self._progress("warm-up", 1.0)
+        if held is not None and held.model.weights == fingerprint(spec, mesh):
+            held.model = held.model.attach(mesh)
+            return held
+        # The old ones go first: two models do not fit on one device.
+        self._held = held = None
+        model = load_model(spec, mesh, self._device, lambda stage, share: self._progress(stage, READ_SHARE * share))
+        self._held = Held(model, spec)
+        return self._held
+
+    def _engine(self, held: Held, prepared: Prepare) -> Engine | Follower:
+        """What runs the weights. A new one where any rank of the mesh needs one: they are set up together."""
+        spec, mesh = prepared.spec, held.model.mesh
+        engine = held.engine if _shape(held.spec) == _shape(spec) else None
+        meet(mesh.control)
+        everywhere = all(all_gather_data(mesh.control, engine is not None))
+        if engine is not None and everywhere:
+            engine.attach(held.model)
+            return engine
+        held.engine = engine = None
+
+        def report(stage: str, share: float) -> None:
+            self._progress(stage, READ_SHARE + (1 - READ_SHARE) * share)
+
+        if prepared.rank == 0:
             step_s = prepared.collective_timeout_ms / 1000 * STEP_SHARE
-            held.engine = Engine(held.model, spec, mesh, self._device, self._page, step_s)
-            held.spec = spec
+            held.engine = Engine(held.model, spec, self._device, self._page, step_s, report)
+        else:
+            held.engine = Follower(held.model, spec, self._device, self._page, report)
+        held.spec = spec
         return held.engine
 
     def _progress(self, stage: str, fraction: float) -> None:
@@ -213,9 +245,12 @@ class Rank:
         """End the epoch: its sequences and its group go, process and weights stay."""
         if self._serving is not None:
             self._serving.reset(Epoch(0))
+        if self._watch is not None:
+            self._watch.stop()
         if self._mesh is not None:
             self._mesh.abort()
             self._mesh.close()
+        self._watch = None
         self._serving = self._mesh = self._rendezvous = self._prepared = None
         self._report_stale = False
 
@@ -251,7 +286,8 @@ def _formation(prepared: Prepare, device: torch.device) -> Formation:
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     return Formation(
-        degrees=prepared.spec.degrees,
+        # The other replicas of a deployment are meshes of their own.
+        degrees=replace(prepared.spec.degrees, data=1),
         hosts=tuple(member.host for member in prepared.members),
         nonce=prepared.nonce,
         epoch=prepared.epoch,

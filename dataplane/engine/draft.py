@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from controlplane.runtime.packing import pack_u32
@@ -60,7 +61,7 @@ class Draft:
         self.tokens_left -= count
         self.logits_left -= logits
 
-    def build(self, number: int, block_tokens: int) -> StepPlan:
+    def build(self, number: int, block_tokens: int, scrub: Iterable[int]) -> StepPlan:
         """The plan of the drafted entries."""
         entries = self.entries
         tokens = array("I")
@@ -87,4 +88,5 @@ class Draft:
             samples=pack_u32([entry.samples for entry in entries]),
             rope_lengths=pack_u32([entry.sequence.tokens_max for entry in entries]),
             feedback=pack_u32([entry.feedback for entry in entries]),
+            scrub=pack_u32(scrub),
         )

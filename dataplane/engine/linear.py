@@ -10,6 +10,8 @@ Shape letters: T rows, I input features, O output features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,14 +55,14 @@ def packed_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def pack(module: nn.Module) -> None:
+def pack(module: nn.Module, report: Callable[[float], None] = lambda _: None) -> None:
     """Give every module under `module` with a `matmul` a packed one, and pack its weight now if it is one matrix.
 
-    An nn.Linear that no one has fitted stays as it is.
+    An nn.Linear that no one has fitted stays as it is. `report` gets the share that is done.
     """
-    for item in module.modules():
-        if getattr(item, "matmul", None) is not F.linear:
-            continue
+    items = [item for item in module.modules() if getattr(item, "matmul", None) is F.linear]
+    for index, item in enumerate(items):
+        report(index / len(items))
         packed = PackedMatmul()
         weight = getattr(item, "weight", None)
         if isinstance(weight, Tensor):

@@ -35,6 +35,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     rope_lengths: bytes
     # NO_FEEDBACK, or the entry of the step before whose sampled token, still on the device, is this entry's only one.
     feedback: bytes
+    # Blocks to zero before the step: a sequence left values in them that are no numbers.
+    scrub: bytes = b""
 
 
 def probe_plan(tokens: int, block_tokens: int) -> StepPlan:
@@ -53,16 +55,3 @@ def probe_plan(tokens: int, block_tokens: int) -> StepPlan:
         rope_lengths=pack_u32([tokens]),
         feedback=pack_u32([NO_FEEDBACK]),
     )
-
-
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(StepPlan)
-
-
-def encode_plan(plan: StepPlan) -> bytes:
-    return _encoder.encode(plan)
-
-
-def decode_plan(body: bytes | memoryview) -> StepPlan:
-    """Raises msgspec.DecodeError."""
-    return _decoder.decode(body)

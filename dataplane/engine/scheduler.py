@@ -34,8 +34,6 @@ class Completed:
 
     emitted: tuple[Emitted, ...]
     ended: tuple[Ended, ...]
-    # Blocks to overwrite before their next use: what they hold are no numbers.
-    scrub: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +59,7 @@ class BatchScheduler:
         self._clock = 0
         self._steps = 0
         self._solo_next = True
+        self._scrub: list[int] = []
 
     # ------------------------------------------------------------ input and state
 
@@ -135,18 +134,17 @@ class BatchScheduler:
         `poisoned` are entries whose logits were no numbers."""
         assert next(iter(self._flights)) == number, "steps complete in order"
         emitted: list[Emitted] = []
-        scrub: list[int] = []
         for index, entry in enumerate(self._flights.pop(number)):
             sequence = entry.sequence
             if sequence.id not in self._book.sequences:
                 continue
             if index in poisoned:
-                scrub += self._book.expel(sequence)
+                self._scrub += self._book.expel(sequence)
                 continue
             emission = self._finish_entry(entry, index, tokens)
             if emission is not None:
                 emitted.append(emission)
-        return Completed(emitted=tuple(emitted), ended=self._book.take_ended(), scrub=tuple(scrub))
+        return Completed(emitted=tuple(emitted), ended=self._book.take_ended())
 
     def entries(self, number: int) -> Column[Entry]:
         """What step `number`, in flight, computes."""
@@ -154,7 +152,8 @@ class BatchScheduler:
 
     def _launch(self, draft: Draft) -> StepPlan:
         self._steps += 1
-        plan = draft.build(self._steps, self._limits.block_tokens)
+        plan = draft.build(self._steps, self._limits.block_tokens, self._scrub)
+        self._scrub = []
         for index, entry in enumerate(draft.entries):
             sequence = entry.sequence
             sequence.computed += entry.count

@@ -1,13 +1,22 @@
-"""What transformers itself generates."""
+"""Prompts, and what transformers itself generates for them."""
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+
+from tests.support.models import VOCABULARY
+
+
+def mixed_prompts(count: int, seed: int = 1) -> list[list[int]]:
+    """Random prompts of 1 to 150 tokens."""
+    chooser = random.Random(seed)
+    return [[chooser.randrange(VOCABULARY) for _ in range(chooser.randint(1, 150))] for _ in range(count)]
 
 
 @cache

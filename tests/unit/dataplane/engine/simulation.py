@@ -101,7 +101,7 @@ class Machine:
             self._land()
         elif plan is None:
             ended = self.scheduler.take_ended()
-            self._take(Completed(emitted=(), ended=ended, scrub=()))
+            self._take(Completed(emitted=(), ended=ended))
             return bool(ended)
         return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,8 @@ from dataplane.frames import SequenceId, StepBegun
 from dataplane.models.fit import load_model
 from dataplane.parallel.mesh import Mesh
 from dataplane.progress import ProgressPage
-from tests.support.models import VOCABULARY, tiny_model
-from tests.unit.dataplane.engine.reference import greedy, reference_model
+from tests.support.models import tiny_model
+from tests.unit.dataplane.engine.reference import greedy, mixed_prompts, reference_model
 
 CPU = torch.device("cpu")
 
@@ -50,14 +49,9 @@ def make_engine(folder: Path) -> MakeEngine:
         if (family, dtype) not in loaded:
             loaded[family, dtype] = load_model(full, Mesh.single(), CPU, lambda *_: None)
         model = replace(loaded[family, dtype], max_model_tokens=full.max_model_tokens)
-        return Engine(model, full, Mesh.single(), CPU, page)
+        return Engine(model, full, CPU, page)
 
     return make
-
-
-def mixed_prompts(count: int, seed: int = 1) -> list[list[int]]:
-    chooser = random.Random(seed)
-    return [[chooser.randrange(VOCABULARY) for _ in range(chooser.randint(1, 150))] for _ in range(count)]
 
 
 GREEDY = Sampling(temperature=0, max_tokens=16, ignore_eos=True)

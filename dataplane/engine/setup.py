@@ -1,0 +1,105 @@
+"""What all ranks of a replica settle together before the first step: how much they can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from controlplane.runtime.errors import Rejected
+from controlplane.runtime.messages.common import Capacity, Reason, ReasonKind, ReplicaSpec
+from dataplane.engine.book import Limits
+from dataplane.engine.kv_cache import block_bytes
+from dataplane.engine.runner import ModelRunner
+from dataplane.engine.sizing import cache_bytes, count_blocks
+from dataplane.models.fit import FittedModel
+from dataplane.parallel.collectives import all_gather_data, broadcast_data
+from dataplane.parallel.groups import Group
+from dataplane.progress import ProgressPage
+
+PROBE_TOKENS_CPU = 64
+"""Length of the prompt that a CPU is measured with; an accelerator takes the largest step."""
+
+LOGIT_BYTES_MAX = 1 << 28
+"""Bound on the float32 logits of a step that prompt log probabilities may ask for."""
+
+Report = Callable[[str, float], None]
+"""(stage, its share done)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A runner with its cache, and what was found."""
+
+    runner: ModelRunner
+    limits: Limits
+    # The measured prompt, and how long it took.
+    probe_tokens: int
+    probe_s: float
+
+
+def set_up(
+    model: FittedModel, spec: ReplicaSpec, device: torch.device, page: ProgressPage | None, report: Report
+) -> Ready:
+    """Pack, measure a step, size the cache, allocate it. All ranks of the mesh together; they get equal limits.
+
+    Raises Rejected if the memory of some rank does not hold one block.
+    """
+    runner = ModelRunner(model, device, spec.block_tokens, page, lambda share: report("pack", share))
+    report("measure", 0.0)
+    meet(model.mesh.control)
+    # Some stages have routers, some have not.
+    runner.rows_min = max(all_gather_data(model.mesh.control, runner.rows_min))
+    probe = min(spec.max_batch_tokens, model.max_model_tokens)
+    if device.type == "cpu":
+        probe = min(probe, PROBE_TOKENS_CPU)
+    elapsed = runner.measure(probe)
+    blocks = min(all_gather_data(model.mesh.control, _count_blocks(model, spec, device)))
+    if blocks < 1:
+        text = f"no memory for a KV cache block beside the weights on {device} or a peer's device"
+        raise Rejected(Reason(kind=ReasonKind.OUT_OF_MEMORY, text=text))
+    runner.allocate(blocks)
+    return Ready(runner, _limits(model, spec, blocks), probe, elapsed)
+
+
+def meet(group: Group) -> None:
+    """Return once every member has come, however long the slowest one takes to load."""
+    for member in range(group.size):
+        broadcast_data(group, None, member, patient=True)
+
+
+def capacity(limits: Limits) -> Capacity:
+    """The limits as a replica reports them."""
+    return Capacity(
+        total_blocks=limits.total_blocks,
+        block_tokens=limits.block_tokens,
+        max_sequences=limits.max_sequences,
+        max_batch_tokens=limits.max_batch_tokens,
+        max_model_tokens=limits.max_model_tokens,
+    )
+
+
+def _count_blocks(model: FittedModel, spec: ReplicaSpec, device: torch.device) -> int:
+    if spec.kv_cache_tokens:
+        return -(-spec.kv_cache_tokens // spec.block_tokens)
+    step_bytes = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    room = cache_bytes(device, spec.mem_fraction_static, step_bytes)
+    per_block = block_bytes(model.attention, spec.block_tokens, model.dtype)
+    return count_blocks(room, per_block, spec.block_tokens, spec.max_sequences, model.max_model_tokens)
+
+
+def _limits(model: FittedModel, spec: ReplicaSpec, blocks: int) -> Limits:
+    sequences = min(spec.max_sequences, spec.max_batch_tokens)
+    return Limits(
+        total_blocks=blocks,
+        block_tokens=spec.block_tokens,
+        max_sequences=sequences,
+        max_batch_tokens=spec.max_batch_tokens,
+        max_model_tokens=min(model.max_model_tokens, blocks * spec.block_tokens),
+        vocab_size=model.vocab_size,
+        max_logits=max(sequences, LOGIT_BYTES_MAX // (4 * model.vocab_size)),
+        eos_ids=frozenset(model.eos_ids),
+        fingerprint=model.weights,
+        enable_prefix_cache=spec.enable_prefix_cache,
+    )
