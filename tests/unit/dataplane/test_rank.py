@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytest
 
 from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId
-from controlplane.runtime.messages.common import Member, ReasonKind, ReplicaSpec, Sampling
+from controlplane.runtime.messages.common import Member, ParallelDegrees, ReasonKind, ReplicaSpec, Sampling
 from controlplane.runtime.messages.serve import FinishReason
 from controlplane.runtime.packing import pack_u32, unpack_u32
 from dataplane.frames import (
@@ -51,6 +51,9 @@ from tests.unit.dataplane.engine.reference import greedy
 
 ANSWER_S = 60.0
 """Bound on the wait for a frame."""
+
+COLLECTIVE_MS = 10_000
+FORM_MS = 30_000
 
 SLACK_BYTES = 16 * 1024 * 1024
 """Address space left for everything but large tensors."""
@@ -95,19 +98,22 @@ class Daemon:
         assert isinstance(frame, kind), frame
         return frame
 
-    def prepare(self, spec: ReplicaSpec) -> Prepared:
+    def prepare(self, spec: ReplicaSpec, rank: int = 0, ranks: int = 1) -> Prepared:
         self._epoch += 1
-        member = Member(rank=0, node=NodeId("n"), device="cpu:0", host="127.0.0.1")
-        self.send(Prepare(ReplicaId("r"), Epoch(self._epoch), 0, (member,), "nonce", spec, 2500))
+        members = tuple(Member(rank=n, node=NodeId(f"n{n}"), device="cpu:0", host="127.0.0.1") for n in range(ranks))
+        self.send(Prepare(ReplicaId("r"), Epoch(self._epoch), rank, members, "nonce", spec, COLLECTIVE_MS))
         return self.expect(Prepared)
 
     def form(self) -> None:
-        self.send(Form(Epoch(self._epoch), "", 1000))
+        self.send(Form(Epoch(self._epoch), "", FORM_MS))
         assert self.expect(Formed).epoch == self._epoch
 
     def load(self) -> tuple[Loaded, list[str]]:
         """The answer, and the stages that were reported."""
         self.send(Load(Epoch(self._epoch)))
+        return self.loaded()
+
+    def loaded(self) -> tuple[Loaded, list[str]]:
         stages: list[str] = []
         while isinstance(frame := self.read(), LoadProgress):
             stages.append(frame.stage)
@@ -149,9 +155,11 @@ class Daemon:
         return frame
 
     def leave(self) -> None:
+        self.page.set_abort_epoch(self._epoch)
         self.send(Abort(Epoch(self._epoch)))
         while not isinstance(frame := self.read(), Aborted):
-            assert isinstance(frame, StepBegun | StepDone | LoadReport), frame
+            # A follower that was freed tells so before it reads the Abort.
+            assert isinstance(frame, StepBegun | StepDone | LoadReport | Failed), frame
         assert frame.epoch == self._epoch
 
     def close(self) -> None:
@@ -176,6 +184,16 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     daemon = Daemon(tmp_path_factory.mktemp("rank"))
     hello = daemon.expect(Hello)
     assert (hello.pid, hello.device) == (daemon.process.pid, "cpu:0")
+    yield daemon
+    daemon.send(Exit())
+    assert daemon.process.wait(ANSWER_S) == 0, "a rank leaves in order when told"
+    daemon.close()
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    daemon = Daemon(tmp_path_factory.mktemp("second"))
+    daemon.expect(Hello)
     yield daemon
     daemon.close()
 
@@ -300,21 +318,49 @@ def test_step_out_of_memory_is_told_and_survived(process: Daemon, tmp_path: Path
     process.leave()
 
 
-def test_rank_leaves_when_told_or_when_its_daemon_is_gone(tmp_path: Path) -> None:
-    told, orphaned = (Daemon(_folder(tmp_path, name)) for name in ("told", "orphaned"))
-    told.send(Exit())
-    assert told.process.wait(ANSWER_S) == 0
-    orphaned.socket.shutdown(socket.SHUT_RDWR)
-    assert orphaned.process.wait(ANSWER_S) == 0
-    told.close()
-    orphaned.close()
+class Pair:
+    """Two ranks of one replica, each with its daemon."""
+
+    def __init__(self, driver: Daemon, follower: Daemon) -> None:
+        self.driver = driver
+        self.follower = follower
+
+    def serve(self, spec: ReplicaSpec) -> list[str]:
+        """Bring up the next epoch; returns the stages of loading that the follower reported."""
+        address = self.driver.prepare(spec, 0, 2).rendezvous
+        self.follower._epoch = self.driver._epoch - 1
+        assert self.follower.prepare(spec, 1, 2).rendezvous == ""
+        for daemon in (self.driver, self.follower):
+            daemon.send(Form(Epoch(daemon._epoch), address, FORM_MS))
+        for daemon in (self.driver, self.follower):
+            daemon.expect(Formed)
+            daemon.send(Load(Epoch(daemon._epoch)))
+        capacities = [daemon.loaded() for daemon in (self.driver, self.follower)]
+        assert capacities[0][0].capacity == capacities[1][0].capacity
+        return capacities[1][1]
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_two_ranks_serve_as_one_and_again_after_an_abort(
+    process: Daemon, second: Daemon, spec: ReplicaSpec, model: Path, axis: str
+) -> None:
+    """The follower waits in an exchange when its epoch ends; both keep their weights for the next one."""
+    pair = Pair(process, second)
+    both = replace(spec, degrees=ParallelDegrees(**{axis: 2}))
+    expected = greedy(model, PROMPT, 12)
+    for epoch in range(2):
+        stages = pair.serve(both)
+        assert ("weights" in stages) == (epoch == 0)
+        tokens, _ = process.finish(process.submit(Sampling(temperature=0, max_tokens=12, ignore_eos=True)))
+        assert tokens == expected
+        process.leave()
+        second.leave()
+
+
+def test_rank_leaves_when_its_daemon_is_gone(second: Daemon) -> None:
+    second.socket.shutdown(socket.SHUT_RDWR)
+    assert second.process.wait(ANSWER_S) == 0
 
 
 def replace_epoch(loaded: Loaded, epoch: Epoch) -> Loaded:
     return Loaded(epoch, loaded.capacity, loaded.weights)
-
-
-def _folder(parent: Path, name: str) -> Path:
-    folder = parent / name
-    folder.mkdir()
-    return folder
