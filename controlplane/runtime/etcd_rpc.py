@@ -62,8 +62,8 @@ class WatchMessage:
     """One answer on a watch stream. `revision` is the store's when it was sent."""
 
     revision: int
-    # Key and its new state, None for a deletion; oldest first.
-    changes: tuple[tuple[str, KeyValue | None], ...]
+    # Revision, key and its new state, None for a deletion; oldest first.
+    changes: tuple[tuple[int, str, KeyValue | None], ...]
     created: bool
     # Why etcd ended the watch; None while it goes on.
     cancelled: str | None
@@ -222,9 +222,9 @@ def _key_value(item: Any) -> KeyValue:
     )
 
 
-def _change(event: Any) -> tuple[str, KeyValue | None]:
+def _change(event: Any) -> tuple[int, str, KeyValue | None]:
     deleted = event.type == event.DELETE
-    return event.kv.key.decode(), None if deleted else _key_value(event.kv)
+    return event.kv.mod_revision, event.kv.key.decode(), None if deleted else _key_value(event.kv)
 
 
 def _compare(compare: Compare) -> Any:

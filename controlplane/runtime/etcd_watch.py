@@ -1,7 +1,9 @@
 """Following a prefix through everything that etcd does: restarts, silence, compaction, restore from a snapshot.
 
 A watch alone is not enough (measured): after a restore the revision is lower and a watch resumed at the old one sleeps;
-after a compaction deletions are skipped. So every (re)connect reads the whole prefix and reports the difference.
+after a compaction deletions are skipped. So every (re)connect reads the whole prefix and reports the difference. And a
+watch that begins at the very revision of a compaction may miss that revision's deletions (measured with 3.5.1;
+etcd-io/etcd#18089): ours begins at the revision that was read, so that any later compaction ends it.
 """
 
 from __future__ import annotations
@@ -91,21 +93,23 @@ class PrefixWatch:
         """Changes after the last read. Raises one of ETCD_ERRORS when the watch is of no more use."""
         rpc, call = self._client.stream_target()
         stream = rpc.watch(call)
+        known = self._revision
         try:
             await self._begin(stream, rpc)
             self._connected = True
             self._backoff.reset()
             while True:
                 message = await self._message(stream, rpc)
-                if message.changes:
-                    yield self._apply(message)
+                changes = tuple((key, item) for revision, key, item in message.changes if revision > known)
+                if changes:
+                    yield self._apply(message.revision, changes)
         except grpc.aio.AioRpcError as error:
             raise self._client.stream_failed(rpc, error) from error
         finally:
             stream.cancel()
 
     async def _begin(self, stream: WatchStream, rpc: EtcdRpc) -> None:
-        create = stream.create(self._prefix.encode(), prefix_end(self._prefix), self._revision + 1)
+        create = stream.create(self._prefix.encode(), prefix_end(self._prefix), self._revision)
         await self._answered(create, self._timings.session_silence, rpc)
         message = await self._message(stream, rpc)
         if not message.created:
@@ -137,14 +141,14 @@ class PrefixWatch:
         except TimeoutError as error:
             raise self._client.stream_failed(rpc, "silent") from error
 
-    def _apply(self, message: WatchMessage) -> WatchBatch:
-        for key, item in message.changes:
+    def _apply(self, revision: int, changes: tuple[Change, ...]) -> WatchBatch:
+        for key, item in changes:
             if item is None:
                 self._content.pop(key, None)
             else:
                 self._content[key] = item
-        self._revision = max(self._revision, message.revision)
-        return WatchBatch(revision=message.revision, changes=message.changes)
+        self._revision = max(self._revision, revision)
+        return WatchBatch(revision=revision, changes=changes)
 
     def _interrupted(self, error: PerdureError) -> None:
         if self._connected:

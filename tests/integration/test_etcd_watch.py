@@ -121,6 +121,20 @@ async def test_deletions_of_an_outage_are_delivered_across_a_compaction(own_etcd
             await watcher.holds(b=b"2", c=b"1", d=b"1")
 
 
+async def test_a_deletion_between_read_and_watch_survives_its_compaction(client: EtcdClient, keys: Keys) -> None:
+    for name in ("a", "b"):
+        await client.put(keys.peer(name), b"1", timeout=T)
+    watch = PrefixWatch(client, keys.prefix, TIMINGS, CLOCK, Random(0))
+    async with aclosing(watch.batches()) as batches:
+        first = await anext(batches)
+        assert first.content is not None
+        await _change_and_compact(client, keys)
+        copy = {key for key, _ in first.changes}
+        while copy != {keys.peer("b"), keys.peer("d")}:
+            for key, item in (await asyncio.wait_for(anext(batches), 10)).changes:
+                copy.add(key) if item is not None else copy.discard(key)
+
+
 async def _change_and_compact(client: EtcdClient, keys: Keys) -> None:
     change = Txn(when=(), success=(Delete(keys.peer("a")), Put(keys.peer("b"), b"2"), Put(keys.peer("d"), b"1")))
     revision = (await client.txn(change, timeout=20 * T)).revision
