@@ -116,6 +116,8 @@ class ModelSection(Section):
     # A CPU rank's share of the cores; 0: the node's cores divided by its ranks.
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     enable_prefix_cache: bool = True
+    # Prepare the next step while one runs; auto: on GPUs.
+    overlap: Literal["auto", "on", "off"] = "auto"
 
 
 class CommunicationSection(Section):
@@ -225,6 +227,7 @@ class ClusterConfig(Section):
             kv_cache_tokens=model.kv_cache_tokens,
             cpu_threads=model.cpu_threads,
             enable_prefix_cache=model.enable_prefix_cache,
+            overlap=model.overlap,
         )
 
     def deployment(self) -> DeploymentRecord:

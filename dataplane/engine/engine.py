@@ -1,8 +1,10 @@
 """The engine of one replica, at its driver: submissions in, one step at a time, tokens out.
 
 A step: the scheduler plans it, every rank runs its part of the model, the sampler draws, the scheduler takes the
-tokens. The host waits for the device once a step, in `_read_tokens`; log probabilities, where a request asks for them,
-wait again. With pipeline stages as many steps are in flight as there are stages, each of other sequences.
+tokens. The host waits for the device once a step, for its tokens; log probabilities, where a request asks for them,
+wait again. With pipeline stages as many steps are in flight as there are stages, each of other sequences. Of a single
+stage the next step may be launched before the last one is read (`ReplicaSpec.overlap`): it takes the sampled tokens
+from the device.
 
 Shape letters: N rows of logits, V vocabulary.
 """
@@ -25,6 +27,7 @@ from dataplane.engine.draft import Entry
 from dataplane.engine.logprobs import describe
 from dataplane.engine.pacing import Pacer
 from dataplane.engine.plan import StepPlan
+from dataplane.engine.readback import Readback
 from dataplane.engine.results import PromptLogprobs, step_done
 from dataplane.engine.sampler import Sampler, SampleRow
 from dataplane.engine.scheduler import BatchScheduler
@@ -44,6 +47,16 @@ DIGEST_HASHES = 512
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step gave, on the device."""
+
+    logits_NV: Tensor
+    # Entries that sample, and their tokens.
+    entries: list[int]
+    tokens: Readback
+
+
+@dataclass(slots=True)
 class Flight:
     """A step under way."""
 
@@ -52,6 +65,8 @@ class Flight:
     launched: float
     # Last row of logits of each entry; of no meaning for one without.
     ends: list[int]
+    # Set once its tokens are drawn.
+    drawn: Drawn | None = None
 
     @property
     def rows(self) -> int:
@@ -79,6 +94,7 @@ class Engine:
         self._page = page
         self._runner = ready.runner
         self._limits = ready.limits
+        self._device = device
         self._sampler = Sampler(model.vocab_size, device)
         self._pacer = Pacer(step_s_max, spec.max_batch_tokens)
         self._pacer.observe(ready.probe_tokens, ready.probe_s)
@@ -107,6 +123,11 @@ class Engine:
         broadcast_data(self._model.mesh.control, None, 0)
 
     @property
+    def _depth(self) -> int:
+        """Steps under way before the oldest one is finished."""
+        return self._model.mesh.pipeline.size + self._limits.lookahead
+
+    @property
     def capacity(self) -> Capacity:
         """What this engine holds, as its replica reports it."""
         return capacity(self._limits)
@@ -133,7 +154,7 @@ class Engine:
         return self._scheduler.has_work or bool(self._refused) or bool(self._flights)
 
     def step(self, begun: Callable[[StepBegun], None] | None = None) -> StepDone | None:
-        """Launch a step if one can be, then finish the oldest one under way unless the pipeline still has room.
+        """Launch a step if one can be, then finish the oldest one under way unless another may be launched first.
 
         `begun` is told before the device is touched. None: nothing is finished yet. After an exception the engine must
         be `reset`.
@@ -143,7 +164,7 @@ class Engine:
             if begun is not None:
                 begun(StepBegun(self._epoch, plan.number, plan.sequences))
             self._launch(plan)
-            if len(self._flights) < self._model.mesh.pipeline.size:
+            if len(self._flights) < self._depth:
                 return None
         if self._flights:
             return self._land()
@@ -169,20 +190,37 @@ class Engine:
     # ------------------------------------------------------------ one step
 
     def _launch(self, plan: StepPlan) -> None:
-        self._flights.append(Flight(plan, time.perf_counter(), _last_rows(self._scheduler.entries(plan.number))))
+        flight = Flight(plan, time.perf_counter(), _last_rows(self._scheduler.entries(plan.number)))
+        self._flights.append(flight)
         self._mark(plan.number)
         broadcast_data(self._model.mesh.control, plan, 0)
         self._runner.launch(plan)
+        if self._limits.lookahead:
+            flight.drawn = self._draw(flight)
+
+    def _draw(self, flight: Flight) -> Drawn:
+        """Sample a launched step's tokens, on the device."""
+        entries = self._scheduler.entries(flight.plan.number)
+        logits_NV = self._runner.finish(flight.rows)
+        sampled = [index for index, entry in enumerate(entries) if entry.samples]
+        rows = [_sample_row(entries[index]) for index in sampled]
+        tokens_N = torch.zeros(0, dtype=torch.long, device=self._device)
+        if rows:
+            tokens_N = self._sampler.sample(logits_NV[[flight.ends[index] for index in sampled]], rows)
+        if self._limits.lookahead:
+            drawn_E = torch.zeros(len(entries), dtype=torch.long, device=self._device)
+            drawn_E[sampled] = tokens_N
+            self._runner.feed(drawn_E)
+        return Drawn(logits_NV, sampled, Readback(tokens_N))
 
     def _land(self) -> StepDone:
         """Finish the oldest step."""
         flight = self._flights.popleft()
-        logits_NV = self._runner.finish(flight.rows)
         entries = self._scheduler.entries(flight.plan.number)
-        sampled = [index for index, entry in enumerate(entries) if entry.samples]
-        rows = [_sample_row(entries[index]) for index in sampled]
-        tokens_N = self._sampler.sample(logits_NV[[flight.ends[index] for index in sampled]], rows) if rows else None
-        drawn = dict(zip(sampled, _read_tokens(tokens_N), strict=True))
+        given = flight.drawn or self._draw(flight)
+        logits_NV = given.logits_NV
+        # The step's one wait for the device.
+        drawn = dict(zip(given.entries, given.tokens.wait(), strict=True))
         now = time.perf_counter()
         self._pacer.observe(len(flight.plan.tokens) // 4, now - max(flight.launched, self._landed))
         self._landed = now
@@ -242,11 +280,6 @@ def _sample_row(entry: Entry) -> SampleRow:
     sequence = entry.sequence
     position = entry.start + entry.count
     return SampleRow(sequence.request.sampling, position, sequence.tokens, sequence.prompt_length, sequence.stop_ids)
-
-
-def _read_tokens(tokens_N: Tensor | None) -> list[int]:
-    """The step's one wait for the device."""
-    return [] if tokens_N is None else tokens_N.tolist()
 
 
 def _last_rows(entries: Sequence[Entry]) -> list[int]:

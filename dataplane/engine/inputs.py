@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dataplane.engine.plan import StepPlan
+from dataplane.engine.plan import NO_FEEDBACK, StepPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -42,6 +42,8 @@ class StepInputs:
     write, the same as it does."""
 
     tokens_T: Tensor
+    # Entry of the step before whose sampled token stands here instead; -1: tokens_T has it. None: tokens_T has all.
+    fed_T: Tensor | None
     positions_T: Tensor
     # Where each token's key and value go, over all blocks.
     slots_T: Tensor
@@ -61,9 +63,11 @@ def prepare(
     positions = np.arange(len(entry_T)) + (starts - offsets)[entry_T]
     slots = tables[entry_T, positions // block_tokens] * block_tokens + positions % block_tokens
     ropes = unpack(plan.rope_lengths)[entry_T] if needs_rope_lengths else None
+    fed = feedback(plan)[entry_T]
     lacking = max(rows_min - len(positions), 0)
     return StepInputs(
         tokens_T=_place(_pad(unpack(plan.tokens), lacking), device),
+        fed_T=_place(_pad(fed, lacking), device) if (fed >= 0).any() else None,
         positions_T=_place(_pad(positions, lacking), device),
         slots_T=_place(_pad(slots, lacking), device),
         rows_N=_place(logit_rows(offsets + counts, unpack(plan.logit_counts)), device),
@@ -75,6 +79,12 @@ def prepare(
 def unpack(column: bytes) -> Ints:
     """A plan's column."""
     return np.frombuffer(column, dtype="<u4").astype(np.int64)
+
+
+def feedback(plan: StepPlan) -> Ints:
+    """Entry of the step before whose sampled token each entry computes; -1: none."""
+    entries = unpack(plan.feedback)
+    return np.where(entries == NO_FEEDBACK, -1, entries)
 
 
 def logit_rows(ends_E: Ints, logits_E: Ints) -> Ints:

@@ -67,6 +67,8 @@ class ModelRunner:
         # Logits of steps launched: here (one stage), or travelling to the driver.
         self._logits: deque[Tensor] = deque()
         self._sent: deque[Sent] = deque()
+        # Tokens that the last step gave, by entry.
+        self._drawn_E = torch.zeros(0, dtype=torch.long, device=self._device)
 
     @property
     def mesh(self) -> Mesh:
@@ -89,11 +91,16 @@ class ModelRunner:
                 needs_rope_lengths=self._model.needs_rope_lengths,
                 rows_min=self.rows_min,
             )
-            out = self._forward(inputs)
+            out = self._forward(inputs, self._tokens(inputs))
+            self._drawn_E = torch.zeros(len(inputs.ragged.counts_E), dtype=torch.long, device=self._device)
             if self._mesh.is_last_stage:
                 self._keep_logits(out)
             else:
                 self._stages.send_hidden(out)
+
+    def feed(self, drawn_E: Tensor) -> None:
+        """Driver only: what the step launched last gave, by entry, for the next one to take from the device."""
+        self._drawn_E = drawn_E
 
     def finish(self, rows: int) -> Tensor:
         """Driver only: the (rows, V) logits of the oldest step launched and not finished, on the device."""
@@ -126,13 +133,20 @@ class ModelRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _forward(self, inputs: StepInputs) -> Tensor:
+    def _tokens(self, inputs: StepInputs) -> Tensor:
+        if inputs.fed_T is None:
+            return inputs.tokens_T
+        drawn_E = self._mesh.tensor.broadcast(self._drawn_E, 0)
+        # A poisoned entry drew -1; what is computed from it is thrown away.
+        return torch.where(inputs.fed_T < 0, inputs.tokens_T, drawn_E[inputs.fed_T.clamp(min=0)].clamp(min=0))
+
+    def _forward(self, inputs: StepInputs, tokens_T: Tensor) -> Tensor:
         """Hidden states (T, H), or of the last stage this rank's columns of logits."""
         first = self._mesh.is_first_stage
-        hidden_TH = None if first else self._stages.receive_hidden(len(inputs.tokens_T))
+        hidden_TH = None if first else self._stages.receive_hidden(len(tokens_T))
         with running(CpuAttentionStep(self._cache, inputs, self._page)):
             return self._model.forward(
-                inputs.tokens_T if first else None,
+                tokens_T if first else None,
                 hidden_TH,
                 inputs.positions_T,
                 inputs.rows_N,

@@ -16,6 +16,7 @@ from dataplane.engine.sizing import cache_bytes, count_blocks
 from dataplane.models.fit import FittedModel
 from dataplane.parallel.collectives import all_gather_data, broadcast_data
 from dataplane.parallel.groups import Group
+from dataplane.parallel.mesh import Mesh
 from dataplane.progress import ProgressPage
 
 PROBE_TOKENS_CPU = 64
@@ -60,7 +61,12 @@ def set_up(
         text = f"no memory for a KV cache block beside the weights on {device} or a peer's device"
         raise Rejected(Reason(kind=ReasonKind.OUT_OF_MEMORY, text=text))
     runner.allocate(blocks)
-    return Ready(runner, _limits(model, spec, blocks), probe, elapsed)
+    return Ready(runner, _limits(model, spec, blocks, overlaps(spec, model.mesh, device)), probe, elapsed)
+
+
+def overlaps(spec: ReplicaSpec, mesh: Mesh, device: torch.device) -> bool:
+    """Whether a step is launched before the one before it is read. Pipeline stages are kept busy by other sequences."""
+    return mesh.pipeline.size == 1 and (spec.overlap == "on" or (spec.overlap == "auto" and device.type == "cuda"))
 
 
 def meet(group: Group) -> None:
@@ -89,7 +95,7 @@ def _count_blocks(model: FittedModel, spec: ReplicaSpec, device: torch.device) -
     return count_blocks(room, per_block, spec.block_tokens, spec.max_sequences, model.max_model_tokens)
 
 
-def _limits(model: FittedModel, spec: ReplicaSpec, blocks: int) -> Limits:
+def _limits(model: FittedModel, spec: ReplicaSpec, blocks: int, lookahead: bool) -> Limits:
     sequences = min(spec.max_sequences, spec.max_batch_tokens)
     return Limits(
         total_blocks=blocks,
@@ -102,4 +108,5 @@ def _limits(model: FittedModel, spec: ReplicaSpec, blocks: int) -> Limits:
         eos_ids=frozenset(model.eos_ids),
         fingerprint=model.weights,
         enable_prefix_cache=spec.enable_prefix_cache,
+        lookahead=lookahead,
     )

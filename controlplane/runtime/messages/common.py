@@ -180,6 +180,8 @@ class ReplicaSpec:
     # A CPU rank's share of the cores; 0: the node's cores divided by its ranks.
     cpu_threads: int = 0
     enable_prefix_cache: bool = True
+    # Whether the next step is prepared while one runs: "auto" (on GPUs), "on" or "off".
+    overlap: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

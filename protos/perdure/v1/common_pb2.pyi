@@ -204,7 +204,7 @@ class ParallelDegrees(_message.Message):
     def __init__(self, tensor: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ...) -> None: ...
 
 class ReplicaSpec(_message.Message):
-    __slots__ = ("deployment", "model_path", "dtype", "numerics", "load_format", "degrees", "backend", "trust_remote_code", "disable_cuda_graph", "mem_fraction_static", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens", "kv_cache_tokens", "cpu_threads", "enable_prefix_cache")
+    __slots__ = ("deployment", "model_path", "dtype", "numerics", "load_format", "degrees", "backend", "trust_remote_code", "disable_cuda_graph", "mem_fraction_static", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens", "kv_cache_tokens", "cpu_threads", "enable_prefix_cache", "overlap")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class ReplicaSpec(_message.Message):
     KV_CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CPU_THREADS_FIELD_NUMBER: _ClassVar[int]
     ENABLE_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
+    OVERLAP_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     model_path: str
     dtype: str
@@ -239,7 +240,8 @@ class ReplicaSpec(_message.Message):
     kv_cache_tokens: int
     cpu_threads: int
     enable_prefix_cache: bool
-    def __init__(self, deployment: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., numerics: _Optional[str] = ..., load_format: _Optional[str] = ..., degrees: _Optional[_Union[ParallelDegrees, _Mapping]] = ..., backend: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ..., disable_cuda_graph: _Optional[bool] = ..., mem_fraction_static: _Optional[float] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., enable_prefix_cache: _Optional[bool] = ...) -> None: ...
+    overlap: str
+    def __init__(self, deployment: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., numerics: _Optional[str] = ..., load_format: _Optional[str] = ..., degrees: _Optional[_Union[ParallelDegrees, _Mapping]] = ..., backend: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ..., disable_cuda_graph: _Optional[bool] = ..., mem_fraction_static: _Optional[float] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., enable_prefix_cache: _Optional[bool] = ..., overlap: _Optional[str] = ...) -> None: ...
 
 class Capacity(_message.Message):
     __slots__ = ("total_blocks", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens")

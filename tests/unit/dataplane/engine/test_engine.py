@@ -112,6 +112,23 @@ def test_bits_do_not_depend_on_what_else_runs(make_engine: MakeEngine, family: s
     ]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_step_ahead_gives_the_same_bits(make_engine: MakeEngine, family: str) -> None:
+    """With tokens fed back before they are known, but where a penalty must know them; crowded, and poked at the end."""
+    samplings = [drawn(0), replace(drawn(1), presence_penalty=0.5), drawn(2), replace(drawn(3), prompt_logprobs=1)]
+    prompts = mixed_prompts(6)
+    submissions = [submission(n, prompt, samplings[n % 4]) for n, prompt in enumerate(prompts)]
+    crowded = {"kv_cache_tokens": 512, "max_batch_tokens": 20, "max_sequences": 8}
+    plain = make_engine(family, "bfloat16", overlap="off", **crowded)
+    ahead = make_engine(family, "bfloat16", overlap="on", **crowded)
+    expected = facts(generate(plain, submissions))
+    assert facts(generate(ahead, submissions)) == expected
+    stop = expected[0][0][4]
+    stops = submission(10, prompts[0], replace(drawn(0), stop_ids=(stop,), max_tokens=30))
+    answer = generate(ahead, [stops])[0]
+    assert answer.tokens == expected[0][0][: expected[0][0].index(stop) + 1]
+
+
 def test_seeds_tell_samples_apart(make_engine: MakeEngine) -> None:
     engine = make_engine()
     prompt = [3, 4, 5]
