@@ -8,17 +8,22 @@ _WEIGHT = 0.3
 _TOKENS_MIN = 32
 """A step of so many tokens is always allowed: below it, overhead outweighs them."""
 
+_COST_MIN = 0.1
+"""Least share of a long step's time that its tokens are taken to cost: the rest is what any step takes."""
+
 
 class Pacer:
-    """Learns the time of a prompt token from finished steps, and sizes the next step by it.
+    """Learns what any step takes and what a token adds, and sizes the next step by it.
 
     A step of a whole token budget can take seconds on a slow device; decoding streams would stall behind it and the
-    judge of progress would have nothing to see.
+    judge of progress would have nothing to see. Where a step without prompts is long already, prompts may double it:
+    a few tokens beside each would keep whoever waits for a prompt waiting for many long steps.
     """
 
     def __init__(self, step_s_max: float, tokens_max: int) -> None:
         self._step_s_max = step_s_max
         self._tokens_max = tokens_max
+        self._base_s = 0.0
         self._token_s = 0.0
         self._step_s = 0.0
 
@@ -27,7 +32,8 @@ class Pacer:
         """Tokens that a step may have."""
         if not self._token_s:
             return self._tokens_max
-        return max(_TOKENS_MIN, min(int(self._step_s_max / self._token_s), self._tokens_max))
+        room_s = max(self._step_s_max - self._base_s, self._base_s)
+        return max(_TOKENS_MIN, min(int(room_s / self._token_s), self._tokens_max))
 
     @property
     def step_s(self) -> float:
@@ -35,10 +41,14 @@ class Pacer:
         return self._step_s
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """A step of `tokens` took so long. Only steps with enough of them tell what one costs."""
+        """A step of `tokens` took so long. One with few of them tells what any step takes, a longer one what a token
+        adds."""
         self._step_s = _blend(self._step_s, seconds)
-        if tokens >= _TOKENS_MIN:
-            self._token_s = _blend(self._token_s, seconds / tokens)
+        if tokens < _TOKENS_MIN:
+            self._base_s = _blend(self._base_s, seconds)
+        else:
+            added_s = max(seconds - self._base_s, seconds * _COST_MIN)
+            self._token_s = _blend(self._token_s, added_s / tokens)
 
 
 def _blend(old: float, new: float) -> float:
