@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import structlog
@@ -105,6 +105,10 @@ class Gateway:
         self._link = LeaderLink(self._identity, self._leader, self._timings, self._clock, self._requests)
         self._requests.attach(self._link, self._workers)
         self._main = asyncio.create_task(self._run(self._link), name=f"gateway {self._name}")
+
+    async def expect(self, model_paths: Iterable[str]) -> None:
+        """After `start`: load what serving these models takes. Python stands still for a second or so meanwhile."""
+        await self._catalogue.expect(model_paths)
 
     async def wait(self) -> None:
         """Returns after `stop`; raises what ended the gateway otherwise."""

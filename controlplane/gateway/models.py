@@ -74,6 +74,11 @@ class Catalogue:
             if row.capacity is not None:
                 model.capacities[row.replica] = row.capacity
 
+    async def expect(self, model_paths: Iterable[str]) -> None:
+        """Load the tokenizers of models that will be served soon; one that can't be is reported when it is used."""
+        for load in [self._load(path) for path in model_paths]:
+            await asyncio.shield(load)
+
     def forget(self, deployment: DeploymentId) -> None:
         """The leader knows no such deployment any more."""
         self._models = {name: model for name, model in self._models.items() if model.deployment != deployment}
