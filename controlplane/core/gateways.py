@@ -60,9 +60,14 @@ def broken(state: ClusterState, gateway: Gateway) -> None:
 
 
 def inventory(state: ClusterState, gateway: Gateway, chunk: Inventory) -> None:
-    """All the gateway's open journals. What it does not list is over."""
+    """All the gateway's open journals: what it does not list is over. Later ones are those that it takes over."""
     if gateway.known:
-        state.fence("Inventory")
+        if chunk.last:
+            state.fence("Inventory")
+            return
+        for journal in chunk.journals:
+            _take_journal(state, gateway, journal)
+            state.record("request_resumed", request=journal.entry.request, details={"gateway": gateway.gateway})
         return
     for journal in chunk.journals:
         gateway.listed.add(journal.entry.request)

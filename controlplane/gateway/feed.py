@@ -89,16 +89,18 @@ class JournalSink:
         texts: Sequence[TextStream],
         clock: RequestClock,
         stop: Callable[[RequestId, int], None],
+        ended: frozenset[int] = frozenset(),
     ) -> None:
+        """`ended`: choices whose end the client was told before."""
         self._request = request
         self._feed = feed
         self._texts = texts
         self._clock = clock
         self._stop = stop
-        self._open = set(range(len(texts)))
+        self._open = set(range(len(texts))) - ended
         self._cached_tokens = 0
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}
-        feed.open_choices += len(texts)
+        feed.open_choices += len(self._open)
 
     @property
     def complete(self) -> bool:

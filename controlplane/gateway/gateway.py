@@ -116,9 +116,10 @@ class Gateway:
         await asyncio.shield(self._main)
 
     async def stop(self) -> None:
-        """Accept nothing new, let open streams end until the grace is over, cancel the rest, and end."""
+        """Accept nothing new, let open streams end until the grace is over, leave the rest to other gateways, end."""
         await self._http.refuse_new()
         await self._until(lambda: self._requests.open_requests == 0, self._limits.stop_grace_s)
+        self._requests.release()
         await self._http.stop()
         await self._until(self._is_idle, self._timings.heartbeat_interval)
         self._ending.set()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import msgspec
 
@@ -19,6 +18,7 @@ from controlplane.gateway.openai import ChatRequest, CompletionRequest
 from controlplane.gateway.params import Wanted, answer_tokens, choice_seeds
 from controlplane.gateway.prefix import prefix_hashes
 from controlplane.gateway.render import Echo, Usage
+from controlplane.gateway.render_blob import RENDER_BYTES_MAX, Kind, RenderBlob, place_id
 from controlplane.gateway.requests import Requests
 from controlplane.gateway.text_stream import TextStream
 from controlplane.gateway.tokenizer import ModelTokenizer, TokenizerPool
@@ -26,7 +26,8 @@ from controlplane.runtime.clock import Clock
 from controlplane.runtime.ids import DeploymentId, RequestId, draw_id
 from controlplane.runtime.packing import pack_u32
 
-RENDER_BYTES_MAX = 64 * 1024
+ECHOED_CHARS_MAX = 16 * 1024
+"""Longer prompts are echoed by a gateway that resumes the stream as their tokens read, which may differ in spaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,10 @@ class Asked:
     seed: int | None = None
     priority: int = 0
     tenant: str = ""
-    # What a gateway that resumes the stream must know to go on writing it.
-    render: Mapping[str, Any] | None = None
+    kind: Kind = "completion"
+    # Wall clock, seconds.
+    created: int = 0
+    include_usage: bool = False
     request: RequestId | None = None
     # Seconds; None: the gateway's own patience.
     deadline_s: float | None = None
@@ -86,6 +89,15 @@ class Generation:
     def request(self) -> RequestId:
         """Id of the first journal, which names the response."""
         return self._sinks[0][0]
+
+    @property
+    def asked(self) -> Asked:
+        return self._asked
+
+    @property
+    def choices(self) -> int:
+        """Choices of all prompts."""
+        return len(self._asked.prompts) * self._asked.wanted.n
 
     def check(self) -> None:
         """Raise the response's failure as an ApiError, if there is one."""
@@ -130,16 +142,12 @@ class Generator:
         metrics: GatewayMetrics,
         clock: Clock,
     ) -> None:
-        self._requests = requests
+        self.requests = requests
+        self.limits = limits
+        self.metrics = metrics
+        self.clock = clock
         self._catalogue = catalogue
         self._pool = pool
-        self._limits = limits
-        self._metrics = metrics
-        self._clock = clock
-
-    @property
-    def limits(self) -> GatewayLimits:
-        return self._limits
 
     async def model(self, name: str | None) -> tuple[ServedModel, ModelTokenizer]:
         """The model of that name with its tokenizer. Raises ApiError."""
@@ -151,8 +159,8 @@ class Generator:
         given = request.prompts()
         if not given:
             raise bad("prompt", "prompt must not be empty")
-        if len(given) > self._limits.prompts_max:
-            raise bad("prompt", f"at most {self._limits.prompts_max} prompts are allowed in one request")
+        if len(given) > self.limits.prompts_max:
+            raise bad("prompt", f"at most {self.limits.prompts_max} prompts are allowed in one request")
         return [await self.prompt(one, tokenizer, special=request.add_special_tokens) for one in given]
 
     async def prompt(self, given: str | Sequence[int], tokenizer: ModelTokenizer, *, special: bool = True) -> Prompt:
@@ -187,37 +195,53 @@ class Generator:
             answer_tokens(wanted, len(prompt.ids), model.context_tokens, asked.prompt_param) for prompt in asked.prompts
         ]
         self._check_room(asked)
-        feed = Feed(self._limits.keepalive_s)
+        feed = Feed(self.limits.keepalive_s)
         sinks: list[tuple[RequestId, JournalSink]] = []
-        generation = Generation(feed, sinks, asked, self._requests, self._catalogue.forget)
+        generation = self.generation(feed, sinks, asked)
+        stream = asked.request or RequestId(draw_id())
         for place, (prompt, budget) in enumerate(zip(asked.prompts, budgets, strict=True)):
-            accepted = self._accepted(asked, prompt, budget, place)
-            sink = self._sink(feed, asked, prompt, place * wanted.n, accepted.request)
+            accepted = self._accepted(asked, prompt, budget, place, place_id(stream, place))
+            clock = RequestClock(self.metrics, self.clock)
+            sink = JournalSink(accepted.request, feed, self.texts(asked, place), clock, self.requests.stop_choice)
             sinks.append((accepted.request, sink))
-            self._metrics.prompt_tokens.inc(len(prompt.ids))
-            self._metrics.prompt_length.observe(len(prompt.ids))
-            self._requests.open(accepted, sink)
+            self.metrics.prompt_tokens.inc(len(prompt.ids))
+            self.metrics.prompt_length.observe(len(prompt.ids))
+            self.requests.open(accepted, sink)
         return generation
 
+    def generation(self, feed: Feed, sinks: list[tuple[RequestId, JournalSink]], asked: Asked) -> Generation:
+        """A generation over journals that are still to be opened."""
+        return Generation(feed, sinks, asked, self.requests, self._catalogue.forget)
+
+    def texts(self, asked: Asked, place: int) -> list[TextStream]:
+        """The answers to the prompt at `place`, as text."""
+        prompt, n = asked.prompts[place], asked.wanted.n
+        offset = 0
+        if asked.echo:
+            offset = len(prompt.text) if prompt.text is not None else len(asked.tokenizer.decode(prompt.ids))
+        return [
+            TextStream(place * n + choice, prompt.ids, asked.tokenizer, asked.wanted.texts, offset)
+            for choice in range(n)
+        ]
+
     def _check_room(self, asked: Asked) -> None:
-        if self._requests.open_requests + len(asked.prompts) > self._limits.open_requests_max:
-            message = f"{self._limits.open_requests_max} requests are open at this gateway"
+        if self.requests.open_requests + len(asked.prompts) > self.limits.open_requests_max:
+            message = f"{self.limits.open_requests_max} requests are open at this gateway"
             raise ApiError(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=1)
         biggest = max(len(prompt.ids) for prompt in asked.prompts)
-        if biggest > self._limits.journals.journal_tokens_max:
+        if biggest > self.limits.journals.journal_tokens_max:
             raise ApiError(
                 413, f"a prompt of {biggest} tokens is more than this gateway holds", param=asked.prompt_param
             )
-        if asked.request is not None and self._requests.is_open(asked.request):
+        if asked.request is not None and self.requests.is_open(asked.request):
             raise bad("request", f"request {asked.request} is already open")
 
-    def _accepted(self, asked: Asked, prompt: Prompt, budget: int, place: int) -> RequestAccepted:
+    def _accepted(self, asked: Asked, prompt: Prompt, budget: int, place: int, request: RequestId) -> RequestAccepted:
         model = asked.model
         packed = pack_u32(prompt.ids)
         seeds = choice_seeds(asked.seed, asked.wanted.n)
         salt = asked.tenant
-        patience = self._limits.request_deadline_s
-        request = asked.request if asked.request is not None and place == 0 else RequestId(draw_id())
+        patience = self.limits.request_deadline_s
         return RequestAccepted(
             request=request,
             deployment=model.deployment,
@@ -231,36 +255,33 @@ class Generator:
                 packed, model.block_tokens, salt=salt, model=model.model_path, numerics=model.numerics
             ),
             render=_render_blob(asked, place),
-            deadline=self._clock.now() + min(patience, asked.deadline_s or patience),
+            deadline=self.clock.now() + min(patience, asked.deadline_s or patience),
         )
-
-    def _sink(self, feed: Feed, asked: Asked, prompt: Prompt, first_choice: int, request: RequestId) -> JournalSink:
-        offset = 0
-        if asked.echo:
-            offset = len(prompt.text) if prompt.text is not None else len(asked.tokenizer.decode(prompt.ids))
-        texts = [
-            TextStream(first_choice + choice, prompt.ids, asked.tokenizer, asked.wanted.texts, offset)
-            for choice in range(asked.wanted.n)
-        ]
-        return JournalSink(request, feed, texts, RequestClock(self._metrics, self._clock), self._requests.stop_choice)
 
 
 def _render_blob(asked: Asked, place: int) -> bytes:
-    texts = asked.wanted.texts
-    blob = msgspec.json.encode(
-        {
-            "version": 1,
-            "place": place,
-            "model": asked.model.name,
-            "n": asked.wanted.n,
-            "echo": asked.echo,
-            "stops": texts.stops,
-            "include_stop": texts.include_stop,
-            "min_tokens": texts.min_tokens,
-            "logprobs": texts.logprobs,
-            **(asked.render or {}),
-        }
+    texts, text = asked.wanted.texts, asked.prompts[place].text
+    echoed = asked.echo and text is not None and len(text) <= ECHOED_CHARS_MAX
+    blob = RenderBlob(
+        kind=asked.kind,
+        created=asked.created,
+        include_usage=asked.include_usage,
+        place=place,
+        places=len(asked.prompts),
+        model=asked.model.name,
+        deployment=asked.model.deployment,
+        tenant=asked.tenant,
+        n=asked.wanted.n,
+        echo=asked.echo,
+        prompt_text=text if echoed else None,
+        stops=texts.stops,
+        include_stop=texts.include_stop,
+        min_tokens=texts.min_tokens,
+        logprobs=texts.logprobs,
+        prompt_only=texts.prompt_only,
     )
-    if len(blob) > RENDER_BYTES_MAX:
-        raise bad("stop", f"what describes the stream takes {len(blob)} bytes, at most {RENDER_BYTES_MAX} are allowed")
-    return blob
+    written = msgspec.json.encode(blob)
+    if len(written) > RENDER_BYTES_MAX:
+        size = len(written)
+        raise bad("stop", f"what describes the stream takes {size} bytes, at most {RENDER_BYTES_MAX} are allowed")
+    return written

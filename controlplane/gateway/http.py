@@ -64,6 +64,7 @@ class HttpServer:
         app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_post("/v1/completions", self._generate.completions)
         app.router.add_post("/v1/chat/completions", self._generate.chat_completions)
+        app.router.add_get("/v1/streams/{stream}", self._generate.resume)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._readiness)
         app.router.add_get("/metrics", self._metrics_page)

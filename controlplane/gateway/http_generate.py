@@ -1,9 +1,8 @@
-"""POST /v1/completions and /v1/chat/completions."""
+"""POST /v1/completions and /v1/chat/completions, and GET /v1/streams/{id} to go on with one of their streams."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -12,31 +11,17 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from controlplane.gateway.api_errors import ApiError, bad, from_error, from_validation
+from controlplane.gateway.cursor import Position, PositionInvalid, parse
 from controlplane.gateway.generation import Asked, Generation, Generator
 from controlplane.gateway.openai import ChatRequest, CompletionRequest, GenerationRequest
 from controlplane.gateway.params import wanted_chat, wanted_completion
-from controlplane.gateway.render import (
-    DONE,
-    KEEPALIVE,
-    Answer,
-    ChatShape,
-    CompletionShape,
-    Echo,
-    Shape,
-    encode_json,
-    event,
-    gather,
-)
-from controlplane.gateway.text_stream import Piece
+from controlplane.gateway.render import Answer, ChatShape, CompletionShape, Echo, Shape, encode_json, gather
+from controlplane.gateway.resume import Resumer
+from controlplane.gateway.sse import STREAM_HEADER, stream
 from controlplane.runtime.errors import PerdureError
+from controlplane.runtime.ids import RequestId, is_drawn_id
 
 R = TypeVar("R", bound=GenerationRequest)
-
-_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
 
 log = structlog.get_logger()
 
@@ -46,6 +31,7 @@ class GenerateHandlers:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+        self._resumer = Resumer(generator)
         self._ignored: set[str] = set()
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
@@ -56,7 +42,6 @@ class GenerateHandlers:
             prompts = await self._generator.completion_prompts(request, tokenizer)
         except PerdureError as error:
             raise from_error(error) from error
-        created = int(time.time())
         asked = Asked(
             model=model,
             tokenizer=tokenizer,
@@ -65,19 +50,12 @@ class GenerateHandlers:
             prompt_param="prompt",
             seed=request.seed,
             priority=request.priority,
-            render=_render(request, "completion", created),
+            kind="completion",
+            created=int(time.time()),
+            include_usage=request.include_usage,
             echo=request.echo,
         )
-        with self._generator.open(asked) as generation:
-            shape = CompletionShape(
-                f"cmpl-{generation.request}",
-                created,
-                model.name,
-                tokenizer,
-                logprobs=wanted.texts.logprobs,
-                with_usage=request.include_usage,
-            )
-            return await _answer(http, request, generation, shape, len(prompts) * wanted.n)
+        return await self._answer(http, request, asked)
 
     async def chat_completions(self, http: web.Request) -> web.StreamResponse:
         request = await self._parse(http, ChatRequest)
@@ -87,7 +65,6 @@ class GenerateHandlers:
             prompt = await self._generator.chat_prompt(request, tokenizer)
         except PerdureError as error:
             raise from_error(error) from error
-        created = int(time.time())
         asked = Asked(
             model=model,
             tokenizer=tokenizer,
@@ -96,18 +73,32 @@ class GenerateHandlers:
             prompt_param="messages",
             seed=request.seed,
             priority=request.priority,
-            render=_render(request, "chat", created),
+            kind="chat",
+            created=int(time.time()),
+            include_usage=request.include_usage,
         )
+        return await self._answer(http, request, asked)
+
+    async def resume(self, http: web.Request) -> web.StreamResponse:
+        """GET /v1/streams/{id}: go on after the event that Last-Event-ID names."""
+        name = http.match_info["stream"]
+        if not is_drawn_id(name):
+            raise ApiError(404, f"{name!r} is no stream id: it is 32 lower-case hex digits", code="stream_not_found")
+        last = http.headers.get("Last-Event-ID") or http.query.get("last_event_id", "")
+        try:
+            at = parse(last, RequestId(name)) if last else Position()
+        except PositionInvalid as error:
+            raise bad("last_event_id", str(error)) from error
+        with await self._resumer.open(RequestId(name), at) as generation:
+            usage = generation.asked.include_usage
+            return await stream(http, generation, _shape(generation), include_usage=usage, at=at)
+
+    async def _answer(self, http: web.Request, request: GenerationRequest, asked: Asked) -> web.StreamResponse:
         with self._generator.open(asked) as generation:
-            shape = ChatShape(
-                f"chatcmpl-{generation.request}",
-                created,
-                model.name,
-                tokenizer,
-                logprobs=wanted.texts.logprobs,
-                with_usage=request.include_usage,
-            )
-            return await _answer(http, request, generation, shape, wanted.n)
+            shape = _shape(generation)
+            if not request.stream:
+                return await _whole(generation, shape)
+            return await stream(http, generation, shape, include_usage=request.include_usage)
 
     async def _parse(self, http: web.Request, kind: type[R]) -> R:
         if http.content_type != "application/json":
@@ -132,66 +123,30 @@ class GenerateHandlers:
             log.warning("request_fields_ignored", fields=sorted(new))
 
 
-async def _answer(
-    http: web.Request, request: GenerationRequest, generation: Generation, shape: Shape, choices: int
-) -> web.StreamResponse:
-    if not request.stream:
-        return await _whole(generation, shape, request.n, choices)
-    pieces = await generation.feed.news()
-    generation.check()
-    response = web.StreamResponse(headers=_STREAM_HEADERS)
-    await response.prepare(http)
-    writer = _EventWriter(generation, shape, choices)
-    while True:
-        await response.write(writer.events(pieces) or KEEPALIVE)
-        if generation.feed.over:
-            break
-        pieces = await generation.feed.news()
-    await response.write(writer.ending(with_usage=request.include_usage))
-    await response.write_eof()
-    return response
+def _shape(generation: Generation) -> Shape:
+    """How the generation's kind of response is written."""
+    asked = generation.asked
+    chat = asked.kind == "chat"
+    return (ChatShape if chat else CompletionShape)(
+        f"{'chatcmpl' if chat else 'cmpl'}-{generation.request}",
+        asked.created,
+        asked.model.name,
+        asked.tokenizer,
+        logprobs=asked.wanted.texts.logprobs,
+        with_usage=asked.include_usage,
+    )
 
 
-class _EventWriter:
-    """Pieces to events, a choice's opening before its first."""
-
-    def __init__(self, generation: Generation, shape: Shape, choices: int) -> None:
-        self._generation = generation
-        self._shape = shape
-        self._unopened = set(range(choices))
-
-    def events(self, pieces: Sequence[Piece]) -> bytes:
-        """All of them as one write."""
-        written: list[bytes] = []
-        for piece in pieces:
-            if piece.choice in self._unopened:
-                self._unopened.remove(piece.choice)
-                written.append(self._shape.opening(piece.choice, self._generation.echo(piece.choice)))
-            written.append(self._shape.piece(piece))
-        return b"".join(written)
-
-    def ending(self, *, with_usage: bool) -> bytes:
-        """The end of the stream: usage, or what went wrong."""
-        try:
-            self._generation.check()
-        except ApiError as error:
-            return event(error.body()) + DONE
-        usage = self._shape.usage(self._generation.usage()) if with_usage else b""
-        return usage + DONE
-
-
-async def _whole(generation: Generation, shape: Shape, n: int, choices: int) -> web.Response:
+async def _whole(generation: Generation, shape: Shape) -> web.Response:
     answers: dict[int, Answer] = {}
     while not generation.feed.over:
         gather(await generation.feed.news(), answers)
     generation.check()
-    echoes: list[Echo | None] = [generation.echo(choice) for choice in range(0, choices, n)]
+    n = generation.asked.wanted.n
+    echoes: list[Echo | None] = [generation.echo(choice) for choice in range(0, generation.choices, n)]
     body = shape.whole(answers, echoes, n, generation.usage())
-    return web.Response(body=body, content_type="application/json")
-
-
-def _render(request: GenerationRequest, kind: str, created: int) -> dict[str, object]:
-    return {"kind": kind, "created": created, "stream": request.stream, "include_usage": request.include_usage}
+    headers = {STREAM_HEADER: generation.request}
+    return web.Response(body=body, content_type="application/json", headers=headers)
 
 
 def error_response(error: ApiError) -> web.Response:

@@ -75,7 +75,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 seed=asked.seed or None,
                 priority=request.priority,
                 tenant=request.tenant,
-                render={"kind": "grpc"},
+                kind="grpc",
                 request=RequestId(request.request) if request.request else None,
                 deadline_s=remaining_s,
             )

@@ -25,6 +25,7 @@ from controlplane.runtime.messages.route import (
     GatewayHello,
     GatewayWelcome,
     Inventory,
+    JournalInfo,
     LeaderHeartbeat,
     RouteBatch,
     RouteDown,
@@ -126,6 +127,11 @@ class LeaderLink:
         """Tell that a request ended. Without a session its absence from the inventory tells it."""
         if self._session is not None:
             self._session.send(entry)
+
+    def adopted(self, journal: JournalInfo) -> None:
+        """Tell of a journal taken over from another gateway. Without a session the next inventory tells it."""
+        if self._session is not None:
+            self._session.send(Inventory(journals=(journal,), last=False))
 
     async def run(self) -> None:
         """Eternal: one session after the other."""

@@ -13,13 +13,15 @@ from typing import NewType
 
 from controlplane.runtime.ids import DeploymentId, NodeId, RequestId
 from controlplane.runtime.messages.common import Reason, Sampling
-from controlplane.runtime.messages.route import EndEntry, RouteDown, RouteEntry
+from controlplane.runtime.messages.route import EndEntry, JournalInfo, RouteDown, RouteEntry
 from controlplane.runtime.messages.serve import (
     CancelSlots,
     EndRequests,
     Finish,
     OpenRequest,
+    ResumeRequest,
     ServeDown,
+    Shadow,
     SyncSlots,
     TokenLogprobs,
 )
@@ -73,6 +75,40 @@ class ChoiceStopped:
 
     request: RequestId
     choice: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeAsked:
+    """A client wants to go on with a stream that it began elsewhere, or lost. Answered by ShadowFound."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeDropped:
+    """The client that asked is gone."""
+
+    request: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceSeen:
+    """What the client has of one choice: its first `tokens`, and its end or not."""
+
+    tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAdopted:
+    """The journal of a found shadow, from now on ours: what the client has counts as delivered."""
+
+    asked: RequestAccepted
+    worker: WorkerKey
+    node: NodeId
+    shadow: Shadow
+    # One a choice of the shadow, each with no more tokens than the shadow has.
+    seen: tuple[ChoiceSeen, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +175,9 @@ class Tick:
 Event = (
     RequestAccepted
     | ChoiceStopped
+    | ResumeAsked
+    | ResumeDropped
+    | StreamAdopted
     | ClientGone
     | ClientDrained
     | LeaderOpened
@@ -165,6 +204,26 @@ class TellEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class TellJournal:
+    """The leader is to know that this gateway keeps the journal from now on."""
+
+    info: JournalInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowFound:
+    """Where a stream's newest shadow is, in one piece; `shadow` is None if no worker holds one. `reason` says why, and
+    `certain` is False if a worker could not be asked."""
+
+    request: RequestId
+    worker: WorkerKey
+    node: NodeId
+    shadow: Shadow | None
+    reason: Reason
+    certain: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectWorker:
     """Keep a stream to this worker from now on. Answered by WorkerUp, WorkerBroken or WorkerGone."""
 
@@ -184,7 +243,7 @@ class SendWorker:
     """In order on the worker's stream; lost if that breaks, which WorkerBroken and the next Sync make good."""
 
     worker: WorkerKey
-    body: OpenRequest | CancelSlots | EndRequests | SyncSlots
+    body: OpenRequest | CancelSlots | EndRequests | SyncSlots | ResumeRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,4 +294,17 @@ class Counted:
     amount: int = 1
 
 
-Effect = AskRoute | TellEnd | ConnectWorker | DropWorker | SendWorker | Started | Deliver | Failed | Moved | Counted
+Effect = (
+    AskRoute
+    | TellEnd
+    | TellJournal
+    | ShadowFound
+    | ConnectWorker
+    | DropWorker
+    | SendWorker
+    | Started
+    | Deliver
+    | Failed
+    | Moved
+    | Counted
+)

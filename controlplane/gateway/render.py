@@ -12,7 +12,8 @@ from controlplane.gateway.text_stream import Piece, TokenInfo
 from controlplane.gateway.tokenizer import ModelTokenizer
 
 DONE = b"data: [DONE]\n\n"
-KEEPALIVE = b": waiting\n\n"
+KEEPALIVE = b": waiting\n"
+"""A comment. No empty line follows: once it has met an id, the official client takes one for an event without data."""
 
 encode_json = msgspec.json.encode
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import structlog
 
@@ -27,9 +29,14 @@ from controlplane.gateway.messages import (
     LeaderSaid,
     Moved,
     RequestAccepted,
+    ResumeAsked,
+    ResumeDropped,
     SendWorker,
+    ShadowFound,
     Started,
+    StreamAdopted,
     TellEnd,
+    TellJournal,
     Tick,
     WorkerBroken,
     WorkerGone,
@@ -65,6 +72,10 @@ class Requests:
         self._metrics = metrics
         self._on_rows = on_rows
         self._sinks: dict[RequestId, Sink] = {}
+        # Streams being resumed; the answers that are still to come.
+        self._claimed: set[RequestId] = set()
+        self._finding: dict[RequestId, asyncio.Future[ShadowFound]] = {}
+        self._releasing = False
         self._events: deque[Event] = deque()
         self._stepping = False
         self._leader: LeaderLink | None = None
@@ -81,7 +92,41 @@ class Requests:
         self._post(asked)
 
     def is_open(self, request: RequestId) -> bool:
-        return request in self._sinks
+        return request in self._sinks or request in self._claimed
+
+    @contextmanager
+    def claim(self, request: RequestId) -> Iterator[bool]:
+        """Nobody else resumes the stream within; False if somebody does already."""
+        if request in self._claimed:
+            yield False
+            return
+        self._claimed.add(request)
+        try:
+            yield True
+        finally:
+            self._claimed.discard(request)
+
+    async def find(self, request: RequestId) -> ShadowFound:
+        """Ask the workers for a claimed stream's shadow; answered within a session's silence."""
+        assert request in self._claimed, "claim it first"
+        answer = self._finding[request] = asyncio.get_running_loop().create_future()
+        try:
+            self._post(ResumeAsked(request))
+            return await answer
+        finally:
+            del self._finding[request]
+            if not answer.done() or answer.cancelled():
+                self._post(ResumeDropped(request))
+
+    def adopt(self, adopted: StreamAdopted, sink: Sink) -> None:
+        """Go on with a found stream; its deliveries reach `sink`."""
+        assert adopted.asked.request not in self._sinks, "a search lets an own journal go"
+        self._sinks[adopted.asked.request] = sink
+        self._post(adopted)
+
+    def release(self) -> None:
+        """From now on a client that is cut off leaves its sequences at their workers, to be resumed elsewhere."""
+        self._releasing = True
 
     def stop_choice(self, request: RequestId, choice: int) -> None:
         self._post(ChoiceStopped(request, choice))
@@ -93,6 +138,8 @@ class Requests:
         if complete:
             self._metrics.requests.labels("finished").inc()
             self._post(ClientDrained(request))
+        elif self._releasing:
+            self._metrics.requests.labels("released").inc()
         else:
             self._metrics.requests.labels("client_gone").inc()
             self._post(ClientGone(request))
@@ -166,6 +213,12 @@ class Requests:
                 self._leader.ask(effect.entry)
             case TellEnd():
                 self._leader.end(effect.entry)
+            case TellJournal():
+                self._leader.adopted(effect.info)
+            case ShadowFound():
+                answer = self._finding.get(effect.request)
+                if answer is not None and not answer.done():
+                    answer.set_result(effect)
             case Started():
                 if (sink := self._sinks.get(effect.request)) is not None:
                     sink.started(effect.cached_tokens)

@@ -8,6 +8,7 @@ from array import array
 from controlplane.gateway.journal import ChoiceJournal, Journal, take_fresh
 from controlplane.gateway.messages import Counted, Deliver, Effect, Failure, SendWorker, Started, WorkerKey
 from controlplane.gateway.request_rules import fail, finish_choice, move_on, send_body
+from controlplane.gateway.resume_rules import ask_again, give_up, on_shadow
 from controlplane.gateway.route_rules import PLANNED_KINDS
 from controlplane.gateway.state import GatewayState, WorkerPhase
 from controlplane.runtime.ids import Slot
@@ -21,6 +22,7 @@ from controlplane.runtime.messages.serve import (
     OpenCode,
     OpenRefused,
     ServeDown,
+    Shadow,
     SlotCursor,
     SlotsLost,
     StepTokens,
@@ -55,7 +57,7 @@ def on_worker_up(state: GatewayState, key: WorkerKey, now: float) -> list[Effect
     for journal in placed:
         if not journal.opened:
             effects += send_body(state, journal, now)
-    return effects
+    return effects + ask_again(state, key)
 
 
 def on_worker_broken(state: GatewayState, key: WorkerKey, heard: float, now: float) -> list[Effect]:
@@ -79,7 +81,7 @@ def on_worker_gone(state: GatewayState, key: WorkerKey, reason: Reason, now: flo
     if worker is None or worker.phase == WorkerPhase.UP:
         return []
     worker.phase = WorkerPhase.BROKEN
-    effects: list[Effect] = []
+    effects = give_up(state, key)
     for journal in state.placed_on(key):
         if not journal.finished:
             effects += move_on(state, journal, RouteCause.LOST, reason, now)
@@ -100,6 +102,8 @@ def on_worker_said(state: GatewayState, key: WorkerKey, body: ServeDown, now: fl
             return on_slots_lost(state, key, body, now)
         case Superseded():
             return on_superseded(state, body, now)
+        case Shadow():
+            return on_shadow(state, key, body)
         case _:
             # A draining worker's requests are moved by the leader; hellos and heartbeats are the stream's own affair.
             return []
@@ -110,7 +114,7 @@ def on_step_tokens(state: GatewayState, key: WorkerKey, step: StepTokens, now: f
     effects: list[Effect] = []
     slots, first, counts = unpack_u32(step.slots), unpack_u32(step.first_index), unpack_u32(step.counts)
     tokens = unpack_u32(step.tokens)
-    finishes = {finish.slot: finish for finish in step.finish}
+    finishes = {finish.slot: finish for finish in step.finish if finish.reason != FinishReason.CANCELLED}
     logprobs = _by_slot(step.logprobs)
     gaps: list[SlotCursor] = []
     start = 0
@@ -132,7 +136,18 @@ def on_step_tokens(state: GatewayState, key: WorkerKey, step: StepTokens, now: f
         effects.append(Counted("gaps", len(gaps)))
         if state.workers[key].phase == WorkerPhase.UP:
             effects.append(SendWorker(key, SyncSlots(slots=tuple(gaps))))
-    return _fail_erroneous(state, step.finish, effects, now)
+    effects = _fail_erroneous(state, step.finish, effects, now)
+    return effects + _replay_given_up(state, key, step.finish, now)
+
+
+def _replay_given_up(state: GatewayState, key: WorkerKey, finishes: tuple[Finish, ...], now: float) -> list[Effect]:
+    """Choices that a former gateway of the stream had cancelled, to run them elsewhere: they go on as ours."""
+    effects: list[Effect] = []
+    reason = Reason(kind=ReasonKind.REPLACED, text="the stream's former gateway had moved it on")
+    for finish in finishes:
+        if finish.reason == FinishReason.CANCELLED and (owner := _owner(state, key, finish.slot)) is not None:
+            effects += move_on(state, owner[0], RouteCause.PLANNED, reason, now, exclude=False)
+    return effects
 
 
 def _owner(state: GatewayState, key: WorkerKey, slot: int) -> tuple[Journal, ChoiceJournal] | None:

@@ -13,6 +13,7 @@ from controlplane.gateway.messages import WorkerKey
 from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId, RequestId, Slot
 from controlplane.runtime.messages.common import ReplicaPhase
 from controlplane.runtime.messages.route import Inventory, JournalPhase, ReplicaEpoch, ReplicaRow
+from controlplane.runtime.messages.serve import Shadow
 from controlplane.runtime.timing import Timings
 
 INVENTORY_JOURNALS_MAX = 256
@@ -48,6 +49,20 @@ class Worker:
 
 
 @dataclass(slots=True, eq=False)
+class Search:
+    """The question which workers hold a stream's shadow."""
+
+    request: RequestId
+    deadline: float
+    # Workers that have not answered.
+    waiting: set[WorkerKey]
+    # What they answered, as far as it came.
+    parts: dict[WorkerKey, Shadow] = field(default_factory=dict[WorkerKey, Shadow])
+    # Those that did not answer in time.
+    silent: set[WorkerKey] = field(default_factory=set[WorkerKey])
+
+
+@dataclass(slots=True, eq=False)
 class GatewayState:
     """Owned by one shell; changed by `step` only."""
 
@@ -59,6 +74,7 @@ class GatewayState:
     rows: dict[ReplicaId, ReplicaRow] = field(default_factory=dict[ReplicaId, ReplicaRow])
     # Outlives the rows: a deployment may have no replica just when its requests are replayed.
     max_retries: dict[DeploymentId, int] = field(default_factory=dict[DeploymentId, int])
+    searches: dict[RequestId, Search] = field(default_factory=dict[RequestId, Search])
     leader_up: bool = False
     # Prompt and delivered tokens of all journals.
     journal_tokens: int = 0

@@ -19,6 +19,9 @@ from controlplane.gateway.messages import (
     LeaderOpened,
     LeaderSaid,
     RequestAccepted,
+    ResumeAsked,
+    ResumeDropped,
+    StreamAdopted,
     Tick,
     WorkerBroken,
     WorkerGone,
@@ -27,6 +30,7 @@ from controlplane.gateway.messages import (
     WorkerUp,
 )
 from controlplane.gateway.request_rules import ask, cancel_slots, close, fail, finish_choice, leave, move_on
+from controlplane.gateway.resume_rules import end_late, on_adopted, on_resume_asked, on_resume_dropped
 from controlplane.gateway.route_rules import on_leader_lost, on_leader_opened, on_leader_said
 from controlplane.gateway.serve_rules import on_worker_broken, on_worker_gone, on_worker_said, on_worker_up
 from controlplane.gateway.state import GatewayState
@@ -62,6 +66,12 @@ def step(state: GatewayState, event: Event, now: float) -> list[Effect]:
             return on_worker_gone(state, event.worker, event.reason, now)
         case Tick():
             return on_tick(state, now)
+        case ResumeAsked():
+            return on_resume_asked(state, event, now)
+        case ResumeDropped():
+            return on_resume_dropped(state, event)
+        case StreamAdopted():
+            return on_adopted(state, event, now)
 
 
 def on_accepted(state: GatewayState, asked: RequestAccepted, now: float) -> list[Effect]:
@@ -109,7 +119,7 @@ def on_client_gone(state: GatewayState, event: ClientGone) -> list[Effect]:
 
 def on_tick(state: GatewayState, now: float) -> list[Effect]:
     """Review what is due; look at deadlines and idle streams once every heartbeat interval."""
-    effects: list[Effect] = []
+    effects = end_late(state, now)
     while state.timers and state.timers[0][0] <= now:
         _, request = heapq.heappop(state.timers)
         if (journal := state.journals.get(request)) is not None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from controlplane.gateway.detokenizer import Detokenizer, StopStrings
 from controlplane.gateway.messages import Deliver
 from controlplane.gateway.tokenizer import ModelTokenizer
+from controlplane.runtime.ids import RequestId
 from controlplane.runtime.messages.serve import FinishReason, TokenLogprobs
 from controlplane.runtime.packing import unpack_f32, unpack_u32
+
+_NO_REQUEST = RequestId("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,11 @@ class TextStream:
         self._offset = offset
         self.tokens = 0
         self.stopped = False
+
+    def skip(self, tokens: array[int]) -> None:
+        """Take in tokens that the client was shown before: what follows goes on from their text."""
+        if tokens:
+            self.add(Deliver(_NO_REQUEST, self._choice, self.tokens, tokens, (), None))
 
     def add(self, delivered: Deliver) -> Piece:
         """The piece that a delivery makes; not to be called after `stopped` or a finish."""

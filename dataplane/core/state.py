@@ -221,6 +221,10 @@ class Request:
     expires: float | None = None
     lost: Reason | None = None
     suspect: bool = False
+    # Prompt tokens that its first prefill found in the prefix cache.
+    cached_tokens: int = 0
+    # Its shadow went to a gateway whose Sync is still to come.
+    handed: bool = False
 
     @property
     def request(self) -> RequestId:

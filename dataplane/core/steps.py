@@ -44,6 +44,7 @@ def load_report(turn: Turn, replica: Replica, frame: frames.LoadReport) -> None:
             continue
         request, _ = held
         request.phase = SequencePhase.RUNNING
+        request.cached_tokens = request.cached_tokens or admitted.cached_tokens
         if request.stream is not None and admitted.cached_tokens:
             body = Admitted(request=request.request, attempt=request.attempt, cached_tokens=admitted.cached_tokens)
             send(turn, turn.state.streams[request.stream], body)

@@ -31,7 +31,7 @@ def sync(turn: Turn, stream: Stream, message: SyncSlots) -> None:
     send(turn, stream, SyncReply(known=tuple(cursor.slot for cursor in found), unknown=unknown))
     rebind(turn, stream, tuple(found))
     for request in list(turn.state.requests.values()):
-        own = request.incarnation == stream.incarnation and request.stream is None
+        own = request.incarnation == stream.incarnation and request.stream is None and not request.handed
         if own and request.running and request.request not in asked:
             drop(turn, request)
 
@@ -70,7 +70,7 @@ def _adopt(turn: Turn, stream: Stream, request: Request) -> None:
         other = turn.state.streams[request.stream]
         for choice in request.choices:
             unbind(other, choice)
-    request.stream = stream.stream
+    request.stream, request.handed = stream.stream, False
     if request.lost is None:
         request.expires = None
 
@@ -89,10 +89,13 @@ def resume(turn: Turn, stream: Stream, message: ResumeRequest) -> None:
             unbind(old, choice)
         send(turn, old, Superseded(request=request.request, attempt=attempt))
     request.permit = replace(request.permit, attempt=attempt)
-    request.gateway, request.incarnation = stream.gateway, stream.incarnation
+    request.gateway, request.incarnation, request.handed = stream.gateway, stream.incarnation, True
+    # The shadow holds every token: the gateway may go on from any of them, also from one that an earlier attempt gave.
+    for choice in request.choices:
+        choice.delivered = 0
     orphan(turn, request)
     turn.emit(Recorded("request_resumed", request=request.request, details={"gateway": stream.gateway}))
-    for chunk in _shadow(request):
+    for chunk in _shadow(request, turn.now):
         send(turn, stream, chunk)
 
 
@@ -102,7 +105,7 @@ def _missing(message: ResumeRequest) -> Shadow:
     )
 
 
-def _shadow(request: Request) -> list[Shadow]:
+def _shadow(request: Request, now: float) -> list[Shadow]:
     """The body first, then one chunk a choice with all its tokens from index 0."""
     body = Shadow(
         request=request.request,
@@ -111,6 +114,9 @@ def _shadow(request: Request) -> list[Shadow]:
         sampling=request.sampling,
         render=request.render,
         last=False,
+        permit=request.permit,
+        remaining_ms=max(1, round((request.deadline - now) * 1000)) if request.deadline is not None else 0,
+        cached_tokens=request.cached_tokens,
     )
     choices = [
         serve.Choice(
@@ -124,6 +130,6 @@ def _shadow(request: Request) -> list[Shadow]:
     ]
     count = len(choices)
     return [body] + [
-        replace(body, prompt=b"", render=b"", choices=(choice,), last=index == count - 1)
+        replace(body, prompt=b"", render=b"", permit=None, choices=(choice,), last=index == count - 1)
         for index, choice in enumerate(choices)
     ]

@@ -78,7 +78,8 @@ class GatewayHeartbeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """All open journals, in chunks of at most 1 MiB, right after Welcome."""
+    """All open journals, in chunks of at most 1 MiB, right after Welcome. Once that is complete, a chunk that is not
+    the last one adds a journal that the gateway took over from another."""
 
     journals: tuple[JournalInfo, ...] = ()
     last: bool = True

@@ -210,6 +210,12 @@ class Shadow:
     last: bool = True
     # Unknown here.
     missing: bool = False
+    # Where it ran, under the raised attempt. In the first chunk, as all below.
+    permit: Permit | None = None
+    # Budget left until its deadline; 0: none.
+    remaining_ms: int = 0
+    # Prompt tokens that its first prefill found in the prefix cache.
+    cached_tokens: int = 0
 
 
 ServeUp = ServeHello | SyncSlots | OpenRequest | CancelSlots | EndRequests | ResumeRequest

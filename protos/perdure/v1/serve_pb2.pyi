@@ -281,7 +281,7 @@ class Superseded(_message.Message):
     def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Shadow(_message.Message):
-    __slots__ = ("request", "attempt", "prompt", "choices", "sampling", "render", "last", "missing")
+    __slots__ = ("request", "attempt", "prompt", "choices", "sampling", "render", "last", "missing", "permit", "remaining_ms", "cached_tokens")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -290,6 +290,9 @@ class Shadow(_message.Message):
     RENDER_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    PERMIT_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_MS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request: str
     attempt: int
     prompt: bytes
@@ -298,4 +301,7 @@ class Shadow(_message.Message):
     render: bytes
     last: bool
     missing: bool
-    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[bytes] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., render: _Optional[bytes] = ..., last: _Optional[bool] = ..., missing: _Optional[bool] = ...) -> None: ...
+    permit: _common_pb2.Permit
+    remaining_ms: int
+    cached_tokens: int
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[bytes] = ..., choices: _Optional[_Iterable[_Union[Choice, _Mapping]]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., render: _Optional[bytes] = ..., last: _Optional[bool] = ..., missing: _Optional[bool] = ..., permit: _Optional[_Union[_common_pb2.Permit, _Mapping]] = ..., remaining_ms: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...

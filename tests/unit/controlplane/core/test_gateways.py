@@ -161,3 +161,16 @@ def test_an_inventory_does_not_undo_a_newer_attempt() -> None:
     cluster.close_gateway(gateway)
     cluster.open_gateway(gateway, (journal("r1", attempt=1),))
     assert cluster.state.requests[RequestId("r1")].entry.attempt == Attempt(2)
+
+
+def test_a_journal_taken_over_is_counted_for_its_new_gateway() -> None:
+    cluster = serving()
+    cluster.add_gateway("g0", (journal("r1"),))
+    new, _ = join(cluster)
+    cluster.tell(new, Inventory(journals=(journal("r1", attempt=2),), last=False))
+    request = cluster.state.requests[RequestId("r1")]
+    assert (request.gateway, request.entry.attempt) == ("g1", 2)
+    assert cluster.state.replicas[M0].load.outstanding == {"r1"}
+    cluster.tell(new, Inventory())
+    assert cluster.state.fenced["Inventory"] == 1, "a second whole inventory is none"
+    assert RequestId("r1") in cluster.state.requests
