@@ -154,7 +154,9 @@ class TensorReader:
         return self._buffer[:size].view(dtype).view(shape)
 
     def _fill(self, path: Path, offset: int, block: torch.Tensor) -> None:
-        view = memoryview(block.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        # A contiguous tensor of one item may have any stride, which a view as bytes refuses.
+        flat = block.as_strided((block.numel(),), (1,))
+        view = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
         descriptor = self._descriptors.get(path)
         if descriptor is None:
             descriptor = self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
