@@ -1,4 +1,4 @@
-"""Real processes, started once for a test run, that each run a function as one rank of a mesh."""
+"""Real processes, forked once for a test run, that each run a function as one rank of a mesh."""
 
 from __future__ import annotations
 
@@ -11,44 +11,55 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import torch
 
 from controlplane.runtime.messages.common import ParallelDegrees
 from dataplane.parallel.mesh import Formation, Mesh, Rendezvous, form_mesh
+from dataplane.zygote import die_with_parent
 
 HOST = "127.0.0.1"
 FORM_S = 60.0
 """The first job waits for processes that import torch one after another on a small machine."""
 
 
+IMPORTS = ("dataplane.engine.engine", "dataplane.engine.follower", "transformers.models.llama.modeling_llama")
+"""What most jobs need, imported once for all ranks: it takes longer than most jobs."""
+
+
 class RankPool:
-    """`size` processes. Use it in a `with`; what the ranks print goes to `log`."""
+    """`size` processes, forked from one that has imported what they need. Use it in a `with`; what the ranks print goes
+    to `log`."""
 
     def __init__(self, size: int, log: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self._log = log.open("wb")
-        self._ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.support.ranks", str(rank)],
+        jobs, answers = [os.pipe() for _ in range(size)], [os.pipe() for _ in range(size)]
+        theirs = [end for (reader, _), (_, writer) in zip(jobs, answers, strict=True) for end in (reader, writer)]
+        with log.open("wb") as output:
+            self._parent = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.ranks", str(os.getpid()), *map(str, theirs)],
                 env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=theirs,
             )
-            for rank in range(size)
-        ]
+        for end in theirs:
+            os.close(end)
+        self._jobs = [os.fdopen(writer, "wb", buffering=0) for _, writer in jobs]
+        self._answers_of = [os.fdopen(reader, "rb") for reader, _ in answers]
 
     def __enter__(self) -> RankPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for rank in self._ranks:
-            rank.kill()
-            rank.wait()
-        self._log.close()
+        # Its children die with it.
+        self._parent.kill()
+        self._parent.wait()
+        for pipe in (*self._jobs, *self._answers_of):
+            pipe.close()
 
     def run(self, function: str, ranks: int, timeout_s: float = 150.0, **arguments: Any) -> list[Any]:
         """`function` ("module:name") as `name(ranks: Ranks, **arguments)` on the first `ranks` processes.
@@ -57,10 +68,8 @@ class RankPool:
         """
         rendezvous = Rendezvous.listen(HOST)
         job = msgspec.json.encode([function, ranks, rendezvous.address, arguments]) + b"\n"
-        for rank in self._ranks[:ranks]:
-            assert rank.stdin is not None
-            rank.stdin.write(job)
-            rank.stdin.flush()
+        for pipe in self._jobs[:ranks]:
+            pipe.write(job)
         answers = self._answers(ranks, time.monotonic() + timeout_s)
         failed = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(answers) if error]
         assert not failed, "\n".join(failed)
@@ -69,9 +78,8 @@ class RankPool:
     def _answers(self, ranks: int, deadline: float) -> list[tuple[str, Any]]:
         answers: dict[int, tuple[str, Any]] = {}
         with selectors.DefaultSelector() as selector:
-            for index, rank in enumerate(self._ranks[:ranks]):
-                assert rank.stdout is not None
-                selector.register(rank.stdout, selectors.EVENT_READ, index)
+            for index, pipe in enumerate(self._answers_of[:ranks]):
+                selector.register(pipe, selectors.EVENT_READ, index)
             while len(answers) < ranks:
                 ready = selector.select(max(deadline - time.monotonic(), 0))
                 assert ready, f"ranks {sorted(set(range(ranks)) - set(answers))} did not answer"
@@ -105,11 +113,9 @@ class Ranks:
         return form_mesh(formation, self.rank, torch.device("cpu"), self._rendezvous, time.monotonic() + FORM_S)
 
 
-def _serve(rank: int) -> None:
+def _serve(rank: int, jobs: BinaryIO, answers: BinaryIO) -> None:
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    for line in sys.stdin.buffer:
+    for line in jobs:
         function, size, address, arguments = msgspec.json.decode(line)
         module, _, name = function.partition(":")
         try:
@@ -122,5 +128,28 @@ def _serve(rank: int) -> None:
         answers.flush()
 
 
+def _fork_all(pool: int, pairs: list[tuple[int, int]]) -> None:
+    """Fork a rank for each pair (jobs to read, answers to write); wait for their end."""
+    die_with_parent(pool)
+    for module in IMPORTS:
+        importlib.import_module(module)
+    parent = os.getpid()
+    for rank, (jobs, answers) in enumerate(pairs):
+        if os.fork() == 0:
+            die_with_parent(parent)
+            for other in pairs:
+                if other != (jobs, answers):
+                    os.close(other[0])
+                    os.close(other[1])
+            _serve(rank, os.fdopen(jobs, "rb"), os.fdopen(answers, "wb"))
+            os._exit(0)
+    for pair in pairs:
+        os.close(pair[0])
+        os.close(pair[1])
+    for _ in pairs:
+        os.wait()
+
+
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    ends = [int(word) for word in sys.argv[2:]]
+    _fork_all(int(sys.argv[1]), list(zip(ends[::2], ends[1::2], strict=True)))
