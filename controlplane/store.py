@@ -120,7 +120,7 @@ class Store:
         """StoreLoaded first, and again after every lost connection; changes between. Never ends. `name` is this
         process's own, which is not among the peers. To be closed (`aclosing`)."""
         watch = PrefixWatch(self._client, self._keys.prefix, self._timings, self._clock, self._random)
-        view = _View(self._keys, name)
+        view = StoreView(self._keys, name)
         async with aclosing(watch.batches()) as batches:
             async for batch in batches:
                 for event in view.take(batch):
@@ -177,8 +177,8 @@ class Store:
         return False
 
 
-class _View:
-    """The prefix as records, and what a batch of changes means."""
+class StoreView:
+    """The prefix as records, and what a batch of changes means. `name` is the reader's own, never among the peers."""
 
     def __init__(self, keys: Keys, name: str) -> None:
         self._keys = keys

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId
 from controlplane.runtime.messages.common import Member, ParallelDegrees, Reason, ReasonKind
@@ -61,24 +62,65 @@ def plan(
     `siblings` counts the replicas of a deployment that a node runs already. Replicas whose former devices are all free
     choose first, so that no other takes a place that saves one of them a load.
     """
-    free = {node.node: node for node in nodes}
-    counts = dict(siblings)
+    stock = _Stock(nodes, siblings)
     plans: dict[ReplicaId, Plan] = {}
-    for want in sorted(wanted, key=lambda want: not _can_return(want, free)):
-        made = _plan_one(want, list(free.values()), counts)
-        plans[want.replica] = made
-        for node in {member.node for member in made.members}:
-            taken = {member.device for member in made.members if member.node == node}
-            free[node] = _without(free[node], taken)
-            counts[want.deployment, node] = counts.get((want.deployment, node), 0) + 1
+    for want in sorted(wanted, key=lambda want: not stock.can_return(want)):
+        plans[want.replica] = made = _plan_one(want, stock)
+        stock.take(want.deployment, made.members)
     return plans
 
 
-def _can_return(want: Wanted, free: Mapping[NodeId, FreeNode]) -> bool:
-    if not want.previous:
-        return False
-    devices = {(node.node, device.device) for node in free.values() for device in node.free}
-    return all((member.node, member.device) in devices for member in want.previous)
+class _Stock:
+    """What is free while a plan is made. Choosing a node takes time by the logarithm of their number."""
+
+    def __init__(self, nodes: Sequence[FreeNode], siblings: Mapping[tuple[DeploymentId, NodeId], int]) -> None:
+        self.nodes = {node.node: node for node in nodes}
+        self.siblings = dict(siblings)
+        self.total = sum(len(node.free) for node in nodes)
+        self._devices = {(node.node, device.device) for node in nodes for device in node.free}
+        # Nodes by preference, as far as that does not depend on the replica; a node that changed stands there again.
+        self._heaps: dict[tuple[DeploymentId, int], list[_Preference]] = {}
+
+    def can_return(self, want: Wanted) -> bool:
+        """All the devices that it ran on are free."""
+        return bool(want.previous) and all((member.node, member.device) in self._devices for member in want.previous)
+
+    def best(self, want: Wanted) -> FreeNode | None:
+        """The preferred one of the nodes that hold the whole replica."""
+        ranks = ranks_of(want.degrees)
+        names = {member.node for member in want.previous} & self.nodes.keys()
+        top = self._top(want.deployment, ranks)
+        if top is not None:
+            names.add(top)
+        fitting = [self.nodes[name] for name in names if len(self.nodes[name].free) >= ranks]
+        return min(fitting, key=lambda node: _preference(want, node, self.siblings), default=None)
+
+    def take(self, deployment: DeploymentId, members: Sequence[Member]) -> None:
+        """These devices are not free any more."""
+        self.total -= len(members)
+        self._devices -= {(member.node, member.device) for member in members}
+        for name in {member.node for member in members}:
+            taken = {member.device for member in members if member.node == name}
+            self.nodes[name] = _without(self.nodes[name], taken)
+            self.siblings[deployment, name] = self.siblings.get((deployment, name), 0) + 1
+            for (other, ranks), heap in self._heaps.items():
+                heappush(heap, self._standing(other, ranks, self.nodes[name]))
+
+    def _top(self, deployment: DeploymentId, ranks: int) -> NodeId | None:
+        heap = self._heaps.get((deployment, ranks))
+        if heap is None:
+            heap = [self._standing(deployment, ranks, node) for node in self.nodes.values()]
+            heapify(heap)
+            self._heaps[deployment, ranks] = heap
+        while heap:
+            node = self.nodes[NodeId(heap[0][-1])]
+            if len(node.free) >= ranks and heap[0] == self._standing(deployment, ranks, node):
+                return node.node
+            heappop(heap)
+        return None
+
+    def _standing(self, deployment: DeploymentId, ranks: int, node: FreeNode) -> _Preference:
+        return _standing(deployment, ranks, 0, node, self.siblings)
 
 
 def _without(node: FreeNode, taken: set[str]) -> FreeNode:
@@ -87,24 +129,21 @@ def _without(node: FreeNode, taken: set[str]) -> FreeNode:
     )
 
 
-def _plan_one(want: Wanted, nodes: Sequence[FreeNode], siblings: Mapping[tuple[DeploymentId, NodeId], int]) -> Plan:
+def _plan_one(want: Wanted, stock: _Stock) -> Plan:
     ranks = ranks_of(want.degrees)
-    ordered = sorted(nodes, key=lambda node: _preference(want, node, siblings))
-    ways = (("on one node", _on_one_node), ("by whole tensor groups", _by_groups), ("across nodes", _anywhere))
-    for shape, groups in ways:
-        slots = groups(want, ordered)
-        if slots is not None:
-            reason = Reason(kind=ReasonKind.REPLACED, text=f"{_devices(ranks)} free {shape}")
-            return Plan(members=_members(want, slots), reason=reason)
-    return Plan(members=(), reason=_no_place(want, nodes))
+    if stock.total >= ranks:
+        for shape, groups in _WAYS:
+            slots = groups(want, stock)
+            if slots is not None:
+                reason = Reason(kind=ReasonKind.REPLACED, text=f"{_devices(ranks)} free {shape}")
+                return Plan(members=_members(want, slots), reason=reason)
+    return Plan(members=(), reason=_no_place(want, stock))
 
 
-def _no_place(want: Wanted, nodes: Sequence[FreeNode]) -> Reason:
+def _no_place(want: Wanted, stock: _Stock) -> Reason:
     ranks = ranks_of(want.degrees)
-    free = sum(len(node.free) for node in nodes)
-    present = {node.node for node in nodes}
-    missing = sorted({member.node for member in want.previous} - present)
-    text = f"{want.replica} needs {_devices(ranks)}, {free} free"
+    missing = sorted({member.node for member in want.previous} - stock.nodes.keys())
+    text = f"{want.replica} needs {_devices(ranks)}, {stock.total} free"
     if missing:
         text += f"; waits for {', '.join(missing)} to come back"
     return Reason(kind=ReasonKind.NO_CAPACITY, text=text)
@@ -114,52 +153,61 @@ def _devices(count: int) -> str:
     return f"{count} device{'s' * (count != 1)}"
 
 
-def _preference(
-    want: Wanted, node: FreeNode, siblings: Mapping[tuple[DeploymentId, NodeId], int]
-) -> tuple[int, int, int, int, str]:
+_Preference = tuple[int, int, int, int, str]
+
+
+def _preference(want: Wanted, node: FreeNode, siblings: Mapping[tuple[DeploymentId, NodeId], int]) -> _Preference:
     """Fewest siblings first (a node's death then takes fewest replicas), then most ranks that need not load again, then
     the node it had, then the tightest fit."""
-    warm = sum(device.held is not None and device.held[0] == want.deployment for device in node.free)
     had = sum(member.node == node.node for member in want.previous)
-    return (
-        siblings.get((want.deployment, node.node), 0),
-        -min(warm, ranks_of(want.degrees)),
-        -had,
-        len(node.free),
-        node.node,
-    )
+    return _standing(want.deployment, ranks_of(want.degrees), had, node, siblings)
+
+
+def _standing(
+    deployment: DeploymentId,
+    ranks: int,
+    had: int,
+    node: FreeNode,
+    siblings: Mapping[tuple[DeploymentId, NodeId], int],
+) -> _Preference:
+    warm = sum(device.held is not None and device.held[0] == deployment for device in node.free)
+    return siblings.get((deployment, node.node), 0), -min(warm, ranks), -had, len(node.free), node.node
 
 
 _Slots = list[tuple[FreeNode, FreeDevice]]
 
 
-def _on_one_node(want: Wanted, nodes: Sequence[FreeNode]) -> _Slots | None:
-    ranks = ranks_of(want.degrees)
-    for node in nodes:
-        if len(node.free) >= ranks:
-            return _fill(want, node, range(ranks))
-    return None
+def _on_one_node(want: Wanted, stock: _Stock) -> _Slots | None:
+    node = stock.best(want)
+    return None if node is None else _fill(want, node, range(ranks_of(want.degrees)))
 
 
-def _by_groups(want: Wanted, nodes: Sequence[FreeNode]) -> _Slots | None:
+def _ordered(want: Wanted, stock: _Stock) -> list[FreeNode]:
+    return sorted(stock.nodes.values(), key=lambda node: _preference(want, node, stock.siblings))
+
+
+def _by_groups(want: Wanted, stock: _Stock) -> _Slots | None:
     """Whole tensor groups a node, over as few nodes as that takes."""
     tensor, stages = want.degrees.tensor, want.degrees.pipeline
     slots: _Slots = []
-    for node in sorted(nodes, key=lambda node: -(len(node.free) // tensor)):
+    for node in sorted(_ordered(want, stock), key=lambda node: -(len(node.free) // tensor)):
         first = len(slots)
         take = min(len(node.free) // tensor * tensor, stages * tensor - first)
         slots.extend(_fill(want, node, range(first, first + take)))
     return slots if len(slots) == stages * tensor else None
 
 
-def _anywhere(want: Wanted, nodes: Sequence[FreeNode]) -> _Slots | None:
+def _anywhere(want: Wanted, stock: _Stock) -> _Slots | None:
     """A tensor group cut by a node's edge: slow, but better than not serving."""
     ranks = ranks_of(want.degrees)
     slots: _Slots = []
-    for node in sorted(nodes, key=lambda node: -len(node.free)):
+    for node in sorted(_ordered(want, stock), key=lambda node: -len(node.free)):
         first = len(slots)
         slots.extend(_fill(want, node, range(first, first + min(len(node.free), ranks - first))))
     return slots if len(slots) == ranks else None
+
+
+_WAYS = (("on one node", _on_one_node), ("by whole tensor groups", _by_groups), ("across nodes", _anywhere))
 
 
 def _fill(want: Wanted, node: FreeNode, ranks: Iterable[int]) -> _Slots:

@@ -74,7 +74,6 @@ from controlplane.runtime.messages.session import (
 )
 from controlplane.runtime.records import DeploymentRecord, NodeRecord, PlacementRecord
 from controlplane.runtime.timing import Timings
-from tests.scenario.coordinator.duties import Duties
 from tests.scenario.coordinator.peers import (
     CLUSTER,
     TIMINGS,
@@ -89,6 +88,7 @@ from tests.scenario.coordinator.peers import (
     idle_rank,
     snapshot_of,
 )
+from tools.sim.duties import Duties
 
 
 class Cluster:

@@ -1,0 +1,46 @@
+"""A fixed and a fresh range of seeds. A seed that fails prints its number, its faults and the end of its story;
+`python -m tools.sim SEED` prints all of it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tools.sim.run import Outcome, run_seed
+from tools.sim.world import Shape
+
+FIXED = range(10)
+FRESH = 4
+LINES_SHOWN = 60
+
+
+def expect_well(outcome: Outcome) -> None:
+    if not outcome.ok:
+        faults = "\n".join(map(str, outcome.faults))
+        story = "\n".join(outcome.story[-LINES_SHOWN:])
+        pytest.fail(f"seed {outcome.seed}: {outcome.error}\n{outcome.shape}\n{faults}\n{story}\n{outcome.trace}")
+
+
+@pytest.mark.parametrize("seed", FIXED)
+def test_fixed_seeds(seed: int) -> None:
+    expect_well(run_seed(seed))
+
+
+@pytest.mark.parametrize("number", range(FRESH))
+def test_fresh_seeds(number: int) -> None:
+    """New ones at every run: the number is in the failure."""
+    expect_well(run_seed(random.SystemRandom().randrange(1 << 31)))
+
+
+def test_without_faults_every_request_finishes() -> None:
+    outcome = run_seed(1, [], Shape())
+    expect_well(outcome)
+    assert outcome.requests > 10
+    assert set(outcome.outcomes) <= {"finished", "left"}
+
+
+def test_a_seed_replays_to_the_byte() -> None:
+    one, other = run_seed(4), run_seed(4)
+    assert one.story == other.story
+    assert one.digest == other.digest

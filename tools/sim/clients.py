@@ -1,0 +1,175 @@
+"""Clients: what they ask, what they must get, and what they do besides."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from controlplane.gateway.messages import Deliver, Failed, RequestAccepted
+from controlplane.gateway.prefix import prefix_hashes
+from controlplane.runtime.ids import DeploymentId, RequestId
+from controlplane.runtime.messages.common import Sampling
+from controlplane.runtime.messages.serve import FinishReason
+from controlplane.runtime.packing import pack_u32
+from tools.sim.arithmetic import EOS, POISON, VOCABULARY, reference
+from tools.sim.engine import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from tools.sim.gateway import SimGateway
+    from tools.sim.kernel import Kernel
+
+DEADLINE_S = 600.0
+DRAIN_S = (0.001, 0.2)
+
+
+@dataclass(slots=True)
+class Choice:
+    expected: list[int]
+    given: int = 0
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class Client:
+    """One request, from its sending to its end; the journal's sink."""
+
+    request: RequestId
+    kernel: Kernel
+    prompt: array[int]
+    sampling: Sampling
+    seeds: tuple[int, ...]
+    priority: int
+    poison: bool
+    # Leaves after so many tokens; None: stays.
+    leaves_after: int | None
+    gateway: SimGateway
+    choices: list[Choice] = field(default_factory=list[Choice])
+    # "finished", "left", "cut" (its gateway died), or the failure's name; "" while it is open.
+    outcome: str = ""
+    sent_at: float = 0.0
+    ended_at: float = 0.0
+
+    @property
+    def open(self) -> bool:
+        return not self.outcome
+
+    def send(self) -> None:
+        """Over the client's connection into its gateway."""
+        self.sent_at = self.kernel.now
+        if not self.gateway.process.alive:
+            self.end("cut")
+            return
+        self.gateway.process.run(self._open)
+
+    def _open(self) -> None:
+        asked = RequestAccepted(
+            request=self.request,
+            deployment=DeploymentId("m"),
+            prompt=pack_u32(self.prompt),
+            sampling=self.sampling,
+            seeds=self.seeds,
+            priority=self.priority,
+            prefix_hashes=prefix_hashes(pack_u32(self.prompt), BLOCK_TOKENS, salt="", model="m", numerics="exact"),
+            deadline=self.gateway.process.now() + DEADLINE_S,
+        )
+        self.gateway.requests.open(asked, self)
+
+    # ------------------------------------------------------------ the journal's sink
+
+    def started(self, cached_tokens: int) -> None:
+        pass
+
+    def deliver(self, delivered: Deliver) -> None:
+        assert self.open, f"{self.request} gets tokens after its end"
+        choice = self.choices[delivered.choice]
+        assert not choice.finished, f"{self.request}/{delivered.choice} gets tokens after its finish"
+        assert delivered.first_index == choice.given, (
+            f"{self.request}: token {delivered.first_index}, not {choice.given}"
+        )
+        end = choice.given + len(delivered.tokens)
+        got = list(delivered.tokens)
+        assert got == choice.expected[choice.given : end], f"{self.request}: tokens from {choice.given} are wrong"
+        choice.given = end
+        if delivered.finish is not None:
+            self._finish(choice, delivered.finish.reason)
+        if self.leaves_after is not None and choice.given >= self.leaves_after:
+            self.leaves_after = None
+            self.gateway.process.soon(self._leave)
+
+    def _finish(self, choice: Choice, reason: FinishReason) -> None:
+        assert choice.given == len(choice.expected), f"{self.request}: finished at token {choice.given}"
+        stops = choice.expected[-1] == EOS and not self.sampling.ignore_eos
+        assert reason is (FinishReason.STOP if stops else FinishReason.LENGTH), f"{self.request}: {reason.name}"
+        choice.finished = True
+        if all(other.finished for other in self.choices):
+            self.gateway.process.later(self.kernel.random.uniform(*DRAIN_S), self._drained)
+
+    def failed(self, failed: Failed) -> None:
+        self.end(failed.failure.value)
+
+    def _drained(self) -> None:
+        if self.open:
+            self.end("finished")
+            self.gateway.requests.leave(self.request, complete=True)
+
+    def _leave(self) -> None:
+        if self.open and not all(choice.finished for choice in self.choices):
+            self.end("left")
+            self.gateway.requests.leave(self.request, complete=False)
+
+    def end(self, outcome: str) -> None:
+        assert self.open
+        self.outcome, self.ended_at = outcome, self.kernel.now
+        self.kernel.tell("client", "request_ended", request=self.request, outcome=outcome)
+
+
+class Crowd:
+    """Makes clients and remembers them."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.clients: dict[RequestId, Client] = {}
+        self.outcomes: Counter[str] = Counter()
+        self._beginnings = [self._tokens(12) for _ in range(4)]
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.kernel.random.randrange(1, VOCABULARY - 1) for _ in range(count)]
+
+    def make(self, gateway: SimGateway, *, poison: bool = False) -> Client:
+        random = self.kernel.random
+        prompt = self._tokens(random.randrange(1, 25))
+        if random.random() < 0.4:
+            prompt = random.choice(self._beginnings) + prompt
+        if poison:
+            prompt = [POISON, *prompt]
+        sampling = Sampling(max_tokens=random.randrange(1, 60), ignore_eos=random.random() < 0.5)
+        seeds = tuple(random.randrange(1000) for _ in range(2 if random.random() < 0.15 else 1))
+        client = Client(
+            request=RequestId(f"{random.getrandbits(128):032x}"),
+            kernel=self.kernel,
+            prompt=array("I", prompt),
+            sampling=sampling,
+            seeds=seeds,
+            priority=random.choice((0, 0, 0, 1)),
+            poison=poison,
+            leaves_after=random.randrange(1, 20) if random.random() < 0.08 else None,
+            gateway=gateway,
+        )
+        client.choices = [
+            Choice(reference(client.prompt, seed, sampling.max_tokens, ignore_eos=sampling.ignore_eos))
+            for seed in seeds
+        ]
+        self.clients[client.request] = client
+        self.kernel.tell("client", "request_sent", request=client.request, gateway=gateway.process.name, poison=poison)
+        client.send()
+        return client
+
+    def open(self) -> list[Client]:
+        return [client for client in self.clients.values() if client.open]
+
+    def gateway_died(self, gateway: SimGateway) -> None:
+        for client in self.open():
+            if client.gateway is gateway:
+                client.end("cut")

@@ -1,0 +1,318 @@
+"""Modelled rank processes: what a daemon hears of them, their groups, and all that can go wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from controlplane.runtime.ids import Epoch, ReplicaId
+from controlplane.runtime.messages.common import Reason, ReasonKind
+from dataplane import frames
+from dataplane.core.messages import RankSample
+from tools.sim.engine import SimEngine
+from tools.sim.kernel import Kernel
+from tools.sim.process import Process
+
+PIPE_S = 0.0001
+STEP_S = (0.01, 0.03)
+FORM_S = 0.01
+LOAD_STAGE_S = (0.02, 0.15)
+LOAD_STAGES = 4
+REPORT_S = 0.02
+STUCK_S = 0.05
+"""How often a rank in a collective looks whether its peers are there."""
+ATTACHED_S = 0.01
+
+Said = Callable[["SimRank", frames.RankFrame], None]
+Gone = Callable[["SimRank", int | None, int | None], None]
+
+
+class Mesh:
+    """The process group of one replica epoch."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.ranks: dict[int, SimRank] = {}
+        self.loaded: set[int] = set()
+
+    @property
+    def whole(self) -> bool:
+        return len(self.ranks) == self.size
+
+    @property
+    def broken(self) -> bool:
+        """A member's process is gone or left: collectives fail."""
+        return any(not rank.alive or rank.mesh is not self for rank in self.ranks.values())
+
+    @property
+    def moves(self) -> bool:
+        return all(rank.runs and not rank.stuck for rank in self.ranks.values())
+
+
+class RankHouse:
+    """All rank processes of the world, who holds which device, and their groups."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.forks_fail = False
+        self.poison_kills = 0
+        self._pids = 1000
+        self._locks: dict[tuple[str, str], SimRank] = {}
+        self._meshes: dict[tuple[ReplicaId, Epoch, str], Mesh] = {}
+        self.all: list[SimRank] = []
+
+    def fork(self, daemon: Process, device: str, said: Said, gone: Gone) -> SimRank:
+        self._pids += 1
+        rank = SimRank(self, daemon, device, self._pids, said, gone)
+        self.all = [other for other in self.all if other.alive]
+        self.all.append(rank)
+        rank.later(0.02, rank.start)
+        return rank
+
+    def lock(self, rank: SimRank) -> bool:
+        """Take the device, if no process holds it."""
+        key = (rank.host, rank.device)
+        holder = self._locks.get(key)
+        if holder is not None and holder.holds_device:
+            return holder is rank
+        self._locks[key] = rank
+        return True
+
+    def mesh(self, prepared: frames.Prepare) -> Mesh:
+        key = (prepared.replica, prepared.epoch, prepared.nonce)
+        return self._meshes.setdefault(key, Mesh(len(prepared.members)))
+
+    def of_daemon(self, daemon: Process) -> list[SimRank]:
+        return [rank for rank in self.all if rank.daemon is daemon and rank.alive]
+
+    def forget_meshes(self) -> None:
+        self._meshes = {key: mesh for key, mesh in self._meshes.items() if not mesh.broken}
+
+
+class SimRank(Process):
+    """One rank process. Its daemon is told of frames and of its end after a moment, in order."""
+
+    def __init__(self, house: RankHouse, daemon: Process, device: str, pid: int, said: Said, gone: Gone) -> None:
+        super().__init__(house.kernel, f"{daemon.name}/{device}", daemon.host)
+        self.device = device
+        self.pid = pid
+        self.daemon = daemon
+        self.holds_device = False
+        # Hangs in a kernel or a lock: alive, and moving nothing.
+        self.stuck = False
+        # Times a step is slower than it should be.
+        self.slow = 1.0
+        self.progress = 0
+        self.collective = 0
+        self.step = 0
+        self.mesh: Mesh | None = None
+        self.engine: SimEngine | None = None
+        self._house = house
+        self._said = said
+        self._gone = gone
+        self._prepared: frames.Prepare | None = None
+        self._weights = ""
+        self._over = Epoch(0)
+        self._stepping = False
+        self._lock_tries = 0
+        self._report_due = False
+
+    # ------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Take the device, then greet; a device that stays busy ends the process."""
+        if not self._house.lock(self):
+            self._lock_tries += 1
+            if self._lock_tries > 30:
+                self.die(code=75)
+            else:
+                self.later(0.1, self.start)
+            return
+        self.holds_device = True
+        self.say(frames.Hello(self.pid, self.device))
+
+    def die(self, *, code: int | None = None, signal: int | None = None, release_after: float = 0.0) -> None:
+        """Its end; a killed one may hold its device for a while."""
+        if not self.alive:
+            return
+        self.kill()
+        self.mesh = self.engine = None
+        self.kernel.after(release_after, self._release)
+        self.kernel.after(max(release_after, 0.002), self.daemon.run, self._gone, self, code, signal)
+
+    def _release(self) -> None:
+        self.holds_device = False
+
+    def say(self, frame: frames.RankFrame) -> None:
+        self.kernel.after(PIPE_S, self.daemon.run, self._said, self, frame)
+
+    def hear(self, frame: frames.DaemonFrame) -> None:
+        self.kernel.after(PIPE_S, self.run, self._obey, frame)
+
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch it belongs to; 0: none."""
+        return self._prepared.epoch if self._prepared is not None else Epoch(0)
+
+    def sample(self) -> RankSample:
+        return RankSample(self.progress, self.collective, self.step, "T" if self.stopped else "S")
+
+    def mark_over(self, epoch: Epoch) -> None:
+        """The abort word: a rank that waits in a collective of the epoch leaves it."""
+        self._over = max(self._over, epoch)
+        self.run(self._heed)
+
+    def _heed(self) -> None:
+        prepared = self._prepared
+        if prepared is not None and prepared.epoch <= self._over and self._stepping and not self.stuck:
+            self._fail("step", "the group was aborted")
+
+    # ------------------------------------------------------------ frames
+
+    def _obey(self, frame: frames.DaemonFrame) -> None:
+        if self.stuck:
+            self.later(STUCK_S, self._obey, frame)
+            return
+        match frame:
+            case frames.Prepare():
+                self._leave()
+                self._prepared = frame
+                rendezvous = f"{self.host}:29500" if frame.rank == 0 and len(frame.members) > 1 else ""
+                self.say(frames.Prepared(frame.epoch, rendezvous, self._weights))
+            case frames.Form():
+                if (prepared := self._in(frame.epoch)) is not None:
+                    self.mesh = self._house.mesh(prepared)
+                    self.mesh.ranks[prepared.rank] = self
+                    self._meet(prepared.epoch, self.now() + frame.deadline_ms / 1000)
+            case frames.Load():
+                if (prepared := self._in(frame.epoch)) is not None:
+                    held = self._weights == _weights(prepared)
+                    self._load(prepared.epoch, LOAD_STAGES if held else 0)
+            case frames.Submit():
+                if self.engine is not None:
+                    self.engine.submit(frame.sequences)
+                    self._work()
+            case frames.Cancel():
+                if self.engine is not None:
+                    self.engine.cancel(frame.sequences)
+                    self._work()
+            case frames.Abort():
+                self._leave()
+                self.say(frames.Aborted(frame.epoch))
+            case frames.Exit():
+                self.die(code=0)
+
+    def _in(self, epoch: Epoch) -> frames.Prepare | None:
+        prepared = self._prepared
+        return prepared if prepared is not None and prepared.epoch == epoch else None
+
+    def _leave(self) -> None:
+        self._prepared = self.mesh = self.engine = None
+        self._stepping = False
+        self.step = 0
+
+    def _fail(self, during: str, text: str) -> None:
+        prepared = self._prepared
+        assert prepared is not None
+        self._leave()
+        kind = ReasonKind.GROUP_FAILED
+        self.say(frames.Failed(prepared.epoch, during, Reason(kind=kind, text=text, rank=prepared.rank)))
+
+    # ------------------------------------------------------------ coming up
+
+    def _meet(self, epoch: Epoch, deadline: float) -> None:
+        mesh = self.mesh
+        if self._in(epoch) is None or mesh is None:
+            return
+        if mesh.whole and not mesh.broken and mesh.moves:
+            self.later(FORM_S, self._formed, epoch)
+        elif self.now() >= deadline:
+            self._fail("form", "a member did not come")
+        else:
+            self.later(FORM_S, self._meet, epoch, deadline)
+
+    def _formed(self, epoch: Epoch) -> None:
+        if self._in(epoch) is not None and self.mesh is not None:
+            self.say(frames.Formed(epoch))
+
+    def _load(self, epoch: Epoch, stage: int) -> None:
+        prepared = self._in(epoch)
+        mesh = self.mesh
+        if prepared is None or mesh is None:
+            return
+        if mesh.broken:
+            self._fail("load", "a member is gone")
+            return
+        if self.stuck:
+            self.later(STUCK_S, self._load, epoch, stage)
+            return
+        if stage < LOAD_STAGES:
+            self.progress += 1
+            self.say(frames.LoadProgress(epoch, "reading", stage / LOAD_STAGES))
+            self.later(self.kernel.random.uniform(*LOAD_STAGE_S) * self.slow, self._load, epoch, stage + 1)
+            return
+        mesh.loaded.add(prepared.rank)
+        if len(mesh.loaded) < mesh.size:
+            self.later(ATTACHED_S, self._load, epoch, stage)
+            return
+        engine = SimEngine(prepared.spec, epoch)
+        self.engine = engine if prepared.rank == 0 else None
+        self._weights = _weights(prepared)
+        self.say(frames.Loaded(epoch, engine.capacity, self._weights))
+
+    # ------------------------------------------------------------ steps
+
+    def _work(self) -> None:
+        if self._stepping or self.engine is None or not self.engine.has_work:
+            return
+        begun = self.engine.begin()
+        self._report()
+        if begun is None:
+            if (done := self.engine.end()) is not None:
+                self.say(done)
+            return
+        self._stepping = True
+        self.say(begun)
+        self.step = begun.step
+        assert self.mesh is not None
+        for rank in self.mesh.ranks.values():
+            rank.progress += 1
+            rank.collective += not rank.stuck and rank.runs
+        if self.engine.poisoned:
+            self._house.poison_kills += 1
+            self.later(STEP_S[0], lambda: self.die(code=1))
+            return
+        self.later(self.kernel.random.uniform(*STEP_S) * self.slow, self._land, begun.epoch)
+
+    def _land(self, epoch: Epoch) -> None:
+        """The step's end, once every rank of the mesh took part."""
+        mesh = self.mesh
+        if self._in(epoch) is None or mesh is None or self.engine is None or not self._stepping:
+            return
+        if mesh.broken and not self.stuck:
+            self._fail("step", "a peer is gone")
+            return
+        if not mesh.moves:
+            self.later(STUCK_S, self._land, epoch)
+            return
+        self._stepping = False
+        self.step = 0
+        for rank in mesh.ranks.values():
+            rank.progress += 1
+        if (done := self.engine.end()) is not None:
+            self.say(done)
+        self._report()
+        self._work()
+
+    def _report(self) -> None:
+        if not self._report_due and self.engine is not None:
+            self._report_due = True
+            self.later(REPORT_S, self._send_report, self.engine)
+
+    def _send_report(self, engine: SimEngine) -> None:
+        self._report_due = False
+        if engine is self.engine:
+            self.say(engine.report(STEP_S[0] * 1000))
+
+
+def _weights(prepared: frames.Prepare) -> str:
+    return f"{prepared.spec.model_path}/{prepared.rank}of{len(prepared.members)}"

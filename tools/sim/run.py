@@ -1,0 +1,183 @@
+"""One run of one seed: a warm-up, faults under load, healing, and then everything must come right in bounded time."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+from controlplane.core.messages import ApplyAsked, UndrainAsked
+from controlplane.runtime.ids import NodeId
+from controlplane.runtime.messages.common import ReplicaPhase
+from tools.sim.faults import Fault, draw_schedule
+from tools.sim.quiet import quiet
+from tools.sim.striking import Striker
+from tools.sim.world import Shape, World
+
+FAULTS_S = 20.0
+HEALED_WITHIN_S = 90.0
+"""Virtual seconds from healing until every request ended, every replica serves and every queue is empty: a leader's
+grace, a regroup with its retries, the patience with a node that does not return (10 F), and slack."""
+LOOK_S = 0.5
+PROBES = 3
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a seed."""
+
+    seed: int
+    shape: Shape
+    faults: list[Fault]
+    story: list[str] = field(default_factory=list[str])
+    digest: str = ""
+    # "" if all was well.
+    error: str = ""
+    trace: str = ""
+    requests: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter[str])
+    struck: int = 0
+    virtual_s: float = 0.0
+    # From healing until all was well.
+    healed_s: float = 0.0
+    steps: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
+
+
+def shape_of(seed: int) -> Shape:
+    """A world for the seed: small ones, of many kinds."""
+    random = Random(f"shape {seed}")
+    tensor = random.choice((1, 1, 1, 2))
+    workers = random.choice((1, 2, 3, 3, 4))
+    devices = random.choice((1, 2))
+    room = max(1, workers * devices // tensor)
+    if workers * devices < tensor:
+        tensor = 1
+    return Shape(
+        control_planes=random.choice((1, 2, 3, 3)),
+        workers=workers,
+        devices=devices,
+        replicas=random.randrange(1, room + 1),
+        tensor=tensor,
+    )
+
+
+def schedule_of(seed: int, shape: Shape) -> list[Fault]:
+    """The faults of the seed."""
+    begin = Random(f"begin {seed}").choice((0.0, 5.0, 7.0))
+    names = [f"cp{n}" for n in range(1, shape.control_planes + 1)], [f"w{n}" for n in range(1, shape.workers + 1)]
+    return draw_schedule(seed, names, shape.devices, begin, begin + FAULTS_S)
+
+
+def run_seed(seed: int, faults: list[Fault] | None = None, shape: Shape | None = None) -> Outcome:
+    """Run the seed's own schedule, or `faults` instead."""
+    shape = shape or shape_of(seed)
+    faults = schedule_of(seed, shape) if faults is None else faults
+    outcome = Outcome(seed, shape, faults)
+    with quiet():
+        world = World(seed, shape)
+        run = Run(world, faults)
+        try:
+            run.play()
+        except Exception as error:  # noqa: BLE001 - whatever breaks is what was looked for
+            outcome.error = f"{type(error).__name__}: {error}"
+            outcome.trace = traceback.format_exc()
+            world.kernel.tell("world", "broke", error=outcome.error)
+    outcome.story, outcome.digest = list(world.story.lines), world.story.digest
+    outcome.requests = len(world.crowd.clients)
+    outcome.outcomes = Counter(client.outcome for client in world.crowd.clients.values())
+    outcome.struck = run.striker.struck
+    outcome.virtual_s, outcome.steps, outcome.healed_s = world.kernel.now, world.kernel.steps, run.healed_s
+    return outcome
+
+
+class Run:
+    """Drives a world through its phases."""
+
+    def __init__(self, world: World, faults: list[Fault]) -> None:
+        self.world = world
+        self.striker = Striker(world)
+        self.healed_s = 0.0
+        self._faults = faults
+        self._load = True
+
+    def play(self) -> None:
+        """All of it. Raises AssertionError, or whatever a core raises."""
+        kernel = self.world.kernel
+        self.striker.plan(self._faults)
+        end = max([fault.at for fault in self._faults], default=8.0) + kernel.random.uniform(0.0, 4.0)
+        kernel.at(kernel.random.uniform(0.0, 6.0), self._arrive)
+        kernel.run_until(end)
+        self._load = False
+        self.striker.stop()
+        self.world.heal()
+        self._expect_health(kernel.now + HEALED_WITHIN_S)
+        self._expect_service()
+
+    def _arrive(self) -> None:
+        """Clients come and go all the time."""
+        kernel, gateways = self.world.kernel, self.world.gateways()
+        if not self._load:
+            return
+        if gateways:
+            self.world.crowd.make(kernel.random.choice(gateways))
+        kernel.after(kernel.random.expovariate(3.0), self._arrive)
+
+    def _expect_health(self, deadline: float) -> None:
+        kernel, begun = self.world.kernel, self.world.kernel.now
+        asked = 0.0
+        while (ailment := self._ailment()) is not None:
+            assert kernel.now < deadline, f"not healthy {HEALED_WITHIN_S:g} s after healing: {ailment}"
+            if kernel.now - begun >= asked:
+                self._operate()
+                asked += HEALED_WITHIN_S / 6
+            kernel.run_until(kernel.now + LOOK_S)
+        self.healed_s = kernel.now - begun
+        kernel.tell("world", "healthy", after=f"{self.healed_s:.1f}")
+
+    def _operate(self) -> None:
+        """What an operator does after a bad night: take drained nodes back, and ask again for what is wanted."""
+        for name in self.world.workers:
+            self.world.ask_leader(UndrainAsked(NodeId(name)))
+            self.world.restart(name)
+        self.world.ask_leader(ApplyAsked(self.world.wanted))
+
+    def _expect_service(self) -> None:
+        """New requests are served in full, through every gateway."""
+        probes = [self.world.crowd.make(gateway) for gateway in self.world.gateways() for _ in range(PROBES)]
+        deadline = self.world.kernel.now + HEALED_WITHIN_S / 3
+        while any(probe.open for probe in probes) or self._ailment() is not None:
+            assert self.world.kernel.now < deadline, f"probes are not served: {self._ailment()}"
+            self.world.kernel.run_until(self.world.kernel.now + LOOK_S)
+        failed = [f"{probe.request}: {probe.outcome}" for probe in probes if probe.outcome not in ("finished", "left")]
+        assert not failed, f"probes failed in a healthy world: {failed}"
+
+    def _ailment(self) -> str | None:
+        """Why all is not well yet."""
+        world = self.world
+        leaders = world.leaders()
+        if len(leaders) != 1:
+            return f"{len(leaders)} lead"
+        state = leaders[0].state
+        assert state is not None
+        if open_now := world.crowd.open():
+            return f"{len(open_now)} requests are open, {open_now[0].request} for one"
+        for replica in state.replicas.values():
+            if replica.phase is not ReplicaPhase.READY and not self._has_no_room(len(state.replicas)):
+                return f"{replica.replica} is {replica.phase.name}: {replica.reason.text if replica.reason else ''}"
+        if sum(replica.phase is ReplicaPhase.READY for replica in state.replicas.values()) < self._expected():
+            return "replicas are missing"
+        if state.requests:
+            return f"the leader still counts {sorted(state.requests)[:3]}"
+        return world.safety.leftovers()
+
+    def _expected(self) -> int:
+        shape = self.world.shape
+        return min(self.world.wanted.replicas, shape.workers * shape.devices // shape.tensor)
+
+    def _has_no_room(self, replicas: int) -> bool:
+        return replicas > self._expected()

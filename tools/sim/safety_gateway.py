@@ -1,0 +1,83 @@
+"""What a gateway must never do. Its clients check the tokens themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from controlplane.gateway.messages import LeaderSaid, Moved, SendWorker, Tick
+from controlplane.gateway.request_rules import CRASHES_MAX as _CRASHES_MAX
+from controlplane.runtime.ids import RequestId, Slot
+from controlplane.runtime.messages.route import ReplicaClosed, ReplicaEpoch, RoutedBatch
+from controlplane.runtime.messages.serve import OpenRequest
+from tools.sim.watching import Act
+
+if TYPE_CHECKING:
+    from tools.sim.gateway import SimGateway
+
+CRASHES_MAX = 2
+"""Engines that one request may end (PROTOCOL H9)."""
+assert CRASHES_MAX == _CRASHES_MAX
+
+
+class GatewaySafety:
+    """Watches one gateway process."""
+
+    def __init__(self, gateway: SimGateway) -> None:
+        self._gateway = gateway
+        self._slots: set[Slot] = set()
+        # Attempts lost without a plan, by request.
+        self._lost: Counter[RequestId] = Counter()
+
+    def step(self, event: Any, act: Act) -> list[Any]:
+        state = self._gateway.state
+        body = event.body if isinstance(event, LeaderSaid) else None
+        placed = {}
+        if isinstance(body, ReplicaClosed):
+            placed = {name: journal.placement.key for name, journal in state.journals.items() if journal.placement}
+        effects = act()
+        if not effects and isinstance(event, Tick):
+            return effects
+        state.check()
+        if isinstance(body, ReplicaClosed):
+            self._closed(ReplicaEpoch(replica=body.replica, epoch=body.epoch), placed, effects)
+        elif isinstance(body, RoutedBatch):
+            self._routed()
+        for effect in effects:
+            if isinstance(effect, SendWorker) and isinstance(effect.body, OpenRequest):
+                self._opens(effect.body)
+            elif isinstance(effect, Moved) and not effect.planned:
+                self._moves(effect)
+        return effects
+
+    def _closed(self, key: ReplicaEpoch, placed: dict[RequestId, ReplicaEpoch], effects: list[Any]) -> None:
+        """Whoever ran there moves, and nobody else."""
+        for effect in effects:
+            if isinstance(effect, Moved):
+                assert placed.get(effect.request) == key, f"{effect.request} moves though it did not run on {key}"
+        left = [journal.request for journal in self._gateway.state.placed_at(key) if not journal.finished]
+        assert not left, f"{left} stay on {key}, which is over"
+
+    def _routed(self) -> None:
+        """A permit counts for the attempt it was given for."""
+        for journal in self._gateway.state.journals.values():
+            if journal.placement is not None and not journal.finished:
+                granted = journal.placement.permit.attempt
+                assert granted == journal.attempt, (
+                    f"{journal.request}: a permit of attempt {granted} for {journal.attempt}"
+                )
+
+    def _opens(self, body: OpenRequest) -> None:
+        slots = {choice.slot for choice in body.choices if not choice.finished}
+        assert not slots & self._slots, f"slots {slots & self._slots} are used again"
+        self._slots |= slots
+        journal = self._gateway.state.journals[body.permit.request]
+        assert len(journal.crashes) < CRASHES_MAX, (
+            f"{journal.request} killed {len(journal.crashes)} engines and runs again"
+        )
+
+    def _moves(self, moved: Moved) -> None:
+        self._lost[moved.request] += 1
+        journal = self._gateway.state.journals[moved.request]
+        budget = self._gateway.state.max_retries[journal.asked.deployment]
+        assert self._lost[moved.request] <= budget, f"{moved.request} is replayed {self._lost[moved.request]} times"
