@@ -81,10 +81,15 @@ class Link:
 
 @dataclass(slots=True)
 class Drain:
-    """Leave taken in order: running work ends until `left_s` is over, then it moves."""
+    """Leave taken in order: running work ends or moves, request by request, until `left_s` is over; then the rest
+    moves."""
 
     reason: Reason
     left_s: float
+    # How long it was to last, and the requests that ran when it began.
+    window_s: float = 0.0
+    requests: int = 0
+    # All were told to move.
     moved: bool = False
     # The daemon goes away afterwards.
     leaving: bool = False

@@ -7,10 +7,12 @@ any of it is prepared (groups.py), once a place is found (deployments.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 from controlplane.core.entities import FORMING_PHASES, SERVING_PHASES, Deployment, Drain, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import DeletePlacement, WritePlacement
+from controlplane.core.scheduler import has_room
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import RequestId
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
@@ -103,7 +105,7 @@ def start_drain(state: ClusterState, replica: Replica, reason: Reason, left_s: f
         return
     replica.phase = ReplicaPhase.DRAINING
     replica.reason = reason
-    replica.drain = Drain(reason, left_s)
+    replica.drain = Drain(reason, left_s, window_s=left_s, requests=len(replica.load.outstanding))
     state.record("replica_draining", replica=replica, reason=reason)
     state.row_changed(replica)
     state.replan = True
@@ -142,6 +144,25 @@ def _move(state: ClusterState, replica: Replica, drain: Drain) -> None:
     )
     moving = len(replica.load.outstanding)
     state.record("requests_moved", replica=replica, reason=drain.reason, details={"requests": str(moving)})
+
+
+def _move_some(state: ClusterState, replica: Replica, drain: Drain) -> None:
+    """Move running requests one after another, as the window passes, while others have room: each then waits for its
+    own prompt only, where moving all at once makes them wait for each other's. The youngest go first: they have the
+    longest way before them and the least behind them."""
+    keep = ceil(drain.requests * drain.left_s / drain.window_s)
+    excess = len(replica.load.outstanding) - keep
+    if excess <= 0 or not has_room(state, state.deployments[replica.deployment]):
+        return
+    youngest = sorted(replica.load.outstanding, key=lambda name: (state.requests[name].arrived, name), reverse=True)
+    move = MoveRequests(
+        replica=replica.replica,
+        epoch=replica.epoch,
+        requests=tuple(youngest[:excess]),
+        deadline_ms=round(drain.left_s * 1000),
+        reason=drain.reason,
+    )
+    state.send_gateways(move)
 
 
 def retire(state: ClusterState, replica: Replica, reason: Reason) -> None:
@@ -249,6 +270,8 @@ def _judge_progress(state: ClusterState, replica: Replica, passed_s: float) -> N
 def _judge_drain(state: ClusterState, replica: Replica, drain: Drain, passed_s: float) -> None:
     drain.left_s -= passed_s
     if drain.left_s > 0:
+        if not drain.moved:
+            _move_some(state, replica, drain)
         return
     if drain.moved:
         close(state, replica, drain.reason)

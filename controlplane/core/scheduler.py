@@ -152,6 +152,11 @@ def dispatch(state: ClusterState, deployment: Deployment) -> None:
     queue.restore(stuck)
 
 
+def has_room(state: ClusterState, deployment: Deployment) -> bool:
+    """Some replica would take a request at once."""
+    return any(_room(state, replica) > 0 for replica in state.served_by(deployment))
+
+
 def _take_batch(state: ClusterState, deployment: Deployment) -> list[Ticket]:
     """The first in line; one that takes several places makes a batch of its own."""
     tickets = deployment.queue.take(state.limits.assignment_batch_max)

@@ -21,7 +21,7 @@ from controlplane.core.messages import (
 )
 from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId, RequestId
 from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind, ReplicaPhase
-from controlplane.runtime.messages.route import MoveRequests, ReplicaClosed, RouteBatch
+from controlplane.runtime.messages.route import MoveRequests, ReplicaClosed, RouteBatch, RouteCause
 from controlplane.runtime.messages.session import (
     AbortGroup,
     DeviceHealth,
@@ -266,6 +266,36 @@ def test_drain_moves_what_is_left_at_its_deadline() -> None:
     assert len(sent(cluster.tick(), MoveRequests)) == 1
     assert "replica_closed" in recorded(ticks(cluster, cluster.timings.stage))
     assert cluster.state.nodes[NodeId("w1")].phase is NodePhase.LEFT
+
+
+def test_drain_moves_one_after_another_where_there_is_room() -> None:
+    cluster = started(workers=2, replicas=2)
+    cluster.settle()
+    gateway = cluster.add_gateway("g1")
+    names = [RequestId(f"r{index}") for index in range(8)]
+    for name in names:
+        cluster.tell(gateway, RouteBatch(entries=(entry(name),)))
+    running = [name for name in names if name in replica_of(cluster).load.outstanding]
+    assert len(running) == 4
+    ask(cluster, DrainAsked(NodeId("w1"), 8000))
+    moved: list[RequestId] = []
+    for passed in range(1, 16):
+        for move in sent(cluster.tick(), MoveRequests):
+            assert isinstance(move, MoveRequests)
+            moved += move.requests
+            entries = tuple(entry(name, attempt=2, cause=RouteCause.PLANNED) for name in move.requests)
+            cluster.tell(gateway, RouteBatch(entries=entries))
+        assert len(moved) == passed // 4
+    assert moved == running[:0:-1]
+
+
+def test_drain_keeps_what_no_other_replica_would_take() -> None:
+    cluster = started(workers=1)
+    cluster.settle()
+    gateway = cluster.add_gateway("g1")
+    cluster.tell(gateway, RouteBatch(entries=(entry("r1"), entry("r2"))))
+    ask(cluster, DrainAsked(NodeId("w1"), 8000))
+    assert not sent(ticks(cluster, 7.5), MoveRequests)
 
 
 def test_undrain_before_the_deadline_goes_on_as_if_nothing_was() -> None:
