@@ -13,7 +13,7 @@ import grpc.aio
 
 from controlplane.coordinator import Coordinator
 from controlplane.core.messages import AdminAnswered, ApplyAsked, CancelAsked, DrainAsked, UndrainAsked
-from controlplane.core.views import requests_view, status_view
+from controlplane.core.views import failures_view, requests_view, status_view
 from controlplane.event_log import EventRecord
 from controlplane.runtime.codec import WireError, codec_of
 from controlplane.runtime.errors import Retryable
@@ -59,6 +59,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return await self._ask_leader("ListRequests", request, context)
         descriptor = admin_pb2.RequestStatus.DESCRIPTOR
         return admin_pb2.ListRequestsResponse(requests=[codec_of(type(row), descriptor).to_proto(row) for row in rows])
+
+    async def ListFailures(self, request: admin_pb2.ListFailuresRequest, context: Context) -> Any:
+        rows = self._coordinator.view(failures_view)
+        if rows is None:
+            return await self._ask_leader("ListFailures", request, context)
+        descriptor = admin_pb2.FailureStatus.DESCRIPTOR
+        return admin_pb2.ListFailuresResponse(failures=[codec_of(type(row), descriptor).to_proto(row) for row in rows])
 
     async def Events(self, request: admin_pb2.EventsRequest, context: Context) -> AsyncIterator[Any]:
         if self._coordinator.term is None and self._leader.current is not None:

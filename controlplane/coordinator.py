@@ -55,6 +55,7 @@ from controlplane.core.state import ClusterState, Limits
 from controlplane.core.step import step
 from controlplane.election import Election, Heard, Lost, Muted, Won
 from controlplane.event_log import EventLog
+from controlplane.metrics import CoordinatorMetrics
 from controlplane.runtime.actor import Mailbox
 from controlplane.runtime.clock import Clock
 from controlplane.runtime.codec import Envelope
@@ -112,6 +113,7 @@ class Coordinator:
         clock: Clock,
         events: EventLog,
         limits: Limits,
+        metrics: CoordinatorMetrics,
         initial: DeploymentRecord | None = None,
     ) -> None:
         """`initial` is applied by whichever term finds no deployment of its name in the store."""
@@ -122,6 +124,7 @@ class Coordinator:
         self._timings = timings
         self._clock = clock
         self._limits = limits
+        self._metrics = metrics
         self._initial = initial
         self._mailbox: Mailbox[Item] = Mailbox("coordinator", MAILBOX_ITEMS_MAX)
         self._state: ClusterState | None = None
@@ -286,6 +289,7 @@ class Coordinator:
                 if connection := self._connections.pop(effect.connection, None):
                     connection.close()
             case Recorded():
+                self._metrics.happened(effect)
                 self.events.record(effect, term)
             case AdminAnswered():
                 answer = self._asks.get(effect.ask)

@@ -21,6 +21,7 @@ import structlog
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
 from controlplane.admin import AdminServicer
 from controlplane.coordinator import Coordinator, Identity
@@ -30,6 +31,7 @@ from controlplane.event_log import EventLog
 from controlplane.gateway.gateway import Gateway
 from controlplane.gateway.limits import GatewayLimits
 from controlplane.leader_stream import SessionStreams
+from controlplane.metrics import CoordinatorMetrics
 from controlplane.route_link import RoutingServicer
 from controlplane.runtime import host
 from controlplane.runtime.actor import supervise
@@ -158,6 +160,7 @@ class _Process:
         self._address = f"{options.advertised_host}:{self._bind()}"
         self._leader = LeaderWatch(client, self._keys, self._timings, clock, self._dice)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._registry = CollectorRegistry()
         self._gateway = self._make_gateway() if options.role is not Role.COORDINATOR else None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -231,6 +234,7 @@ class _Process:
             options.http_port,
             GatewayLimits(),
             self._clock,
+            self._registry,
         )
 
     def _make_election(self) -> Election:
@@ -254,6 +258,7 @@ class _Process:
             self._clock,
             EventLog(self._clock, options.state_dir / "events.jsonl" if options.state_dir is not None else None),
             options.limits,
+            CoordinatorMetrics(self._registry),
             options.deployment,
         )
 

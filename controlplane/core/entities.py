@@ -134,6 +134,8 @@ class Node:
     sick: dict[str, Reason] = field(default_factory=dict[str, Reason])
     silence_s: float = 0.0
     unreachable_s: float = 0.0
+    # When it was found unreachable; None while it is not.
+    noticed: float | None = None
     probing: bool = False
     # Probes under way that an older break of its session began: their outcome says nothing.
     void_probes: int = 0

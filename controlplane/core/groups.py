@@ -5,6 +5,7 @@ etcd holds an epoch before any rank hears of it, and Form goes out only when eve
 
 from __future__ import annotations
 
+from controlplane.core import failures
 from controlplane.core.entities import FORMING_PHASES, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import WriteDone, WritePlacement
@@ -85,6 +86,7 @@ def written(state: ClusterState, done: WriteDone) -> None:
         replica.retry_s = state.timings.heartbeat_interval
         return
     replica.stored = replica.epoch
+    failures.fenced(state, replica)
     _enter(state, replica, ReplicaPhase.PREPARING)
 
 
@@ -136,6 +138,7 @@ def serve(state: ClusterState, replica: Replica) -> None:
     replica.stalled_s = replica.served_s = 0.0
     _note_weights(state, replica)
     state.record("replica_ready", replica=replica)
+    failures.regrouped(state, replica)
     state.row_changed(replica)
     state.reroute.add(replica.deployment)
     state.replan = True

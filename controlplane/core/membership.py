@@ -119,6 +119,7 @@ def heard(state: ClusterState, node: Node) -> None:
     if node.phase is NodePhase.UNREACHABLE and node.known:
         node.phase = NodePhase.LIVE if node.drain is None else NodePhase.DRAINING
         node.unreachable_s = 0.0
+        node.noticed = None
         node.reason = None
         state.record("node_returned", node=node.node)
         _serve_again(state, node)
@@ -133,6 +134,7 @@ def _unreachable(state: ClusterState, node: Node, reason: Reason) -> None:
     if node.phase is not NodePhase.UNREACHABLE:
         node.phase = NodePhase.UNREACHABLE
         node.unreachable_s = 0.0
+        node.noticed = state.now
         node.reason = reason
         state.record("node_unreachable", node=node.node, reason=reason)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+from controlplane.core import failures
 from controlplane.core.entities import FORMING_PHASES, SERVING_PHASES, Deployment, Drain, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import DeletePlacement, WritePlacement
@@ -33,6 +34,7 @@ def close(state: ClusterState, replica: Replica, reason: Reason, suspects: Seque
         end = ReleaseReplica if replica.retiring else AbortGroup
         for node in _nodes(state, replica):
             state.send_worker(node, end(replica=replica.replica, epoch=replica.epoch, reason=reason))
+        failures.closed(state, replica, reason, suspects)
     details = {"requests": str(len(replica.load.outstanding)), "suspects": ",".join(suspects)}
     state.record("replica_closed", replica=replica, reason=reason, details=details)
     _reset(replica, ReplicaPhase.CLOSED, reason)
@@ -58,16 +60,16 @@ def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequen
     close(state, replica, reason, suspects)
     if not charged:
         return
-    failures = replica.failures
-    failures.append(state.now)
-    while state.now - failures[0] > state.timings.regroup_window:
-        failures.popleft()
-    if len(failures) >= state.limits.regroup_failures_max:
+    recent = replica.failures
+    recent.append(state.now)
+    while state.now - recent[0] > state.timings.regroup_window:
+        recent.popleft()
+    if len(recent) >= state.limits.regroup_failures_max:
         replica.phase = ReplicaPhase.DEGRADED
-        state.record("replica_degraded", replica=replica, reason=reason, details={"failures": str(len(failures))})
+        state.record("replica_degraded", replica=replica, reason=reason, details={"failures": str(len(recent))})
     else:
         # at once, then after one interval, three, seven, ...
-        replica.retry_s = state.timings.heartbeat_interval * (2 ** (len(failures) - 1) - 1)
+        replica.retry_s = state.timings.heartbeat_interval * (2 ** (len(recent) - 1) - 1)
 
 
 def pardon(state: ClusterState, replica: Replica) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
+from controlplane.core import failures
 from controlplane.core.assignment import assign
 from controlplane.core.entities import Deployment, Gateway, Replica, Request
 from controlplane.core.fair_queue import Ticket
@@ -44,6 +45,7 @@ def route(state: ClusterState, gateway: Gateway, entry: RouteEntry) -> None:
         if entry.attempt == known.entry.attempt and _answer_again(state, gateway, known):
             return
         forget(state, entry.request)
+    failures.reported(state, entry)
     refusal = _refusal(state, entry)
     if refusal is not None:
         refuse(state, gateway, entry, *refusal)
@@ -76,6 +78,7 @@ def end(state: ClusterState, ended: EndEntry) -> None:
 def forget(state: ClusterState, request: RequestId) -> None:
     """Drop the request and what is counted for it."""
     known = state.requests.pop(request)
+    failures.ended(state, request)
     deployment = state.deployments.get(known.entry.deployment)
     if deployment is not None:
         deployment.queue.discard(request)
@@ -235,6 +238,7 @@ def _grant(state: ClusterState, request: Request, replica: Replica) -> None:
         priority=entry.priority,
     )
     request.permit = permit
+    failures.routed(state, entry.request)
     state.out.replayed[replica.replica] += entry.cause is not RouteCause.NEW
     state.out.assigned.setdefault(driver.link.connection, []).append(permit)
     cached = replica.load.cached_blocks(entry.prefix_hashes)

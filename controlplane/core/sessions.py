@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from controlplane.core import adoption, drains, gateways, groups, membership, ranks, recovery, scheduler
+from controlplane.core import adoption, drains, failures, gateways, groups, membership, ranks, recovery, scheduler
 from controlplane.core.entities import Gateway, Link, Node
 from controlplane.core.messages import (
     CloseConnection,
@@ -21,6 +21,7 @@ from controlplane.core.state import ClusterState
 from controlplane.runtime.messages.common import Head, Reason, ReasonKind
 from controlplane.runtime.messages.route import (
     EndBatch,
+    FirstTokens,
     GatewayHeartbeat,
     GatewayHello,
     Inventory,
@@ -180,6 +181,9 @@ def _gateway_frame(state: ClusterState, gateway: Gateway, body: RouteUp) -> None
             gateway.open_requests = body.open_requests
         case Locate():
             gateways.locate(state, gateway, body)
+        case FirstTokens():
+            for token in body.entries:
+                failures.first_token(state, token)
         case GatewayHello() | Fenced():
             pass
         case _:

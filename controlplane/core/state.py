@@ -19,6 +19,7 @@ from controlplane.core.entities import (
     Request,
     is_session_live,
 )
+from controlplane.core.failure import FailureLog
 from controlplane.core.invariants import check
 from controlplane.core.messages import (
     AskId,
@@ -93,6 +94,7 @@ class ClusterState:
     epochs: dict[ReplicaId, Epoch] = field(default_factory=dict[ReplicaId, Epoch])
     # Addresses that refused connects of a living process: for them the lease alone counts.
     refusal_lies: set[str] = field(default_factory=set[str])
+    failures: FailureLog = field(default_factory=FailureLog)
     # Refused frames by kind; those that a peer refused of ours begin with "peer:".
     fenced: Counter[str] = field(default_factory=Counter[str])
     placing: dict[WriteId, Placing] = field(default_factory=dict[WriteId, Placing])

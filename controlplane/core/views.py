@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controlplane.core.entities import SERVING_PHASES, Deployment, LeaderPhase, Node, NodePhase, Replica
+from controlplane.core.failure import Failure, FailurePhase
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import (
     Attempt,
@@ -118,6 +119,29 @@ class RequestStatus:
     age_ms: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureStep:
+    phase: FailurePhase
+    after_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureStatus:
+    age_ms: int
+    replica: ReplicaId
+    epoch: Epoch
+    node: NodeId
+    reason: Reason
+    steps: tuple[FailureStep, ...]
+    next_epoch: Epoch
+    requests: int
+    homeless: int
+    silent: int
+    suspects: tuple[RequestId, ...]
+    gap_ms_max: int
+    over: bool
+
+
 def status_view(state: ClusterState, now: float) -> StatusView:
     """All of the cluster as the leader sees it at `now`, sorted by id."""
     return StatusView(
@@ -213,4 +237,28 @@ def _deployment(deployment: Deployment) -> DeploymentStatus:
         degrees=record.spec.degrees,
         numerics=record.spec.numerics,
         reason=f"{ailing[0].replica}: {ailing[0].reason.text}" if ailing and ailing[0].reason else "",
+    )
+
+
+def failures_view(state: ClusterState, now: float) -> tuple[FailureStatus, ...]:
+    """This term's failures, oldest first."""
+    return tuple(_failure(failure, now) for failure in state.failures.records)
+
+
+def _failure(failure: Failure, now: float) -> FailureStatus:
+    steps = sorted(failure.phases.items(), key=lambda item: item[1])
+    return FailureStatus(
+        age_ms=round((now - failure.noticed) * 1000),
+        replica=failure.replica,
+        epoch=failure.epoch,
+        node=failure.node,
+        reason=failure.reason,
+        steps=tuple(FailureStep(phase=phase, after_ms=round((at - failure.noticed) * 1000)) for phase, at in steps),
+        next_epoch=failure.next_epoch,
+        requests=len(failure.lost),
+        homeless=len(failure.homeless),
+        silent=len(failure.silent),
+        suspects=failure.suspects,
+        gap_ms_max=failure.gap_ms_max,
+        over=failure.over,
     )

@@ -74,6 +74,8 @@ class Journal:
     starved_since: float | None = None
     # When the current attempt last gave a token.
     moved_at: float | None = None
+    # When a client last had a token, of an attempt that was lost and has no successor's token yet.
+    stuck_since: float | None = None
 
     @property
     def request(self) -> RequestId:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any, Protocol, cast
 
 import grpc.aio
 import structlog
@@ -21,6 +22,8 @@ from controlplane.runtime.messages.common import Head
 from controlplane.runtime.messages.route import (
     EndBatch,
     EndEntry,
+    FirstToken,
+    FirstTokens,
     GatewayHeartbeat,
     GatewayHello,
     GatewayWelcome,
@@ -42,6 +45,15 @@ BATCH_MAX = 256
 """Entries of one Route frame."""
 
 log = structlog.get_logger()
+
+Item = RouteUp | RouteEntry | EndEntry | FirstToken
+"""What is sent: frames, and entries that travel with their like."""
+
+_BATCHES: dict[type, Callable[[tuple[Any, ...]], RouteUp]] = {
+    RouteEntry: lambda entries: RouteBatch(entries=entries),
+    EndEntry: lambda entries: EndBatch(entries=entries),
+    FirstToken: lambda entries: FirstTokens(entries=entries),
+}
 
 
 class LeaderSource(Protocol):
@@ -132,6 +144,11 @@ class LeaderLink:
         """Tell of a journal taken over from another gateway. Without a session the next inventory tells it."""
         if self._session is not None:
             self._session.send(Inventory(journals=(journal,), last=False))
+
+    def first_token(self, token: FirstToken) -> None:
+        """Tell that a lost request goes on. Without a session nobody keeps the timeline."""
+        if self._session is not None:
+            self._session.send(token)
 
     async def run(self) -> None:
         """Eternal: one session after the other."""
@@ -278,7 +295,7 @@ class _Session:
         self._timings = timings
         self._clock = clock
         self._silence = Silence(timings, clock.now())
-        self._outbox: Outbox[RouteUp | RouteEntry | EndEntry] = Outbox("route", OUTBOX_MAX)
+        self._outbox: Outbox[Item] = Outbox("route", OUTBOX_MAX)
         # The hello was frame 1 of this session, the welcome frame 1 of the other side.
         self._sent = 1
         self._received = 1
@@ -288,7 +305,7 @@ class _Session:
     def idle(self) -> bool:
         return self._outbox.idle
 
-    def send(self, item: RouteUp | RouteEntry | EndEntry) -> None:
+    def send(self, item: Item) -> None:
         """Queue a frame, or an entry that will travel with its like."""
         self._outbox.put(item)
 
@@ -322,31 +339,14 @@ class _Session:
                 return f"silent for {self._timings.session_silence:g} s"
 
 
-def batched(items: list[RouteUp | RouteEntry | EndEntry]) -> list[RouteUp]:
+def batched(items: list[Item]) -> list[RouteUp]:
     """Frames in the order of `items`, neighbours of one kind joined up to BATCH_MAX entries."""
     frames: list[RouteUp] = []
-    routes: list[RouteEntry] = []
-    ends: list[EndEntry] = []
-
-    def flush() -> None:
-        if routes:
-            frames.append(RouteBatch(entries=tuple(routes)))
-            routes.clear()
-        if ends:
-            frames.append(EndBatch(entries=tuple(ends)))
-            ends.clear()
-
-    for item in items:
-        if isinstance(item, RouteEntry):
-            if ends or len(routes) >= BATCH_MAX:
-                flush()
-            routes.append(item)
-        elif isinstance(item, EndEntry):
-            if routes or len(ends) >= BATCH_MAX:
-                flush()
-            ends.append(item)
-        else:
-            flush()
-            frames.append(item)
-    flush()
+    for kind, group in groupby(items, key=type):
+        make = _BATCHES.get(kind)
+        if make is None:
+            frames.extend(cast(Iterable[RouteUp], group))
+            continue
+        entries = tuple(group)
+        frames.extend(make(entries[at : at + BATCH_MAX]) for at in range(0, len(entries), BATCH_MAX))
     return frames

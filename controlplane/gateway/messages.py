@@ -13,7 +13,7 @@ from typing import NewType
 
 from controlplane.runtime.ids import DeploymentId, NodeId, RequestId
 from controlplane.runtime.messages.common import Reason, Sampling
-from controlplane.runtime.messages.route import EndEntry, JournalInfo, RouteDown, RouteEntry
+from controlplane.runtime.messages.route import EndEntry, FirstToken, JournalInfo, RouteDown, RouteEntry
 from controlplane.runtime.messages.serve import (
     CancelSlots,
     EndRequests,
@@ -211,6 +211,11 @@ class TellJournal:
 
 
 @dataclass(frozen=True, slots=True)
+class TellFirstToken:
+    token: FirstToken
+
+
+@dataclass(frozen=True, slots=True)
 class ShadowFound:
     """Where a stream's newest shadow is, in one piece; `shadow` is None if no worker holds one. `reason` says why, and
     `certain` is False if a worker could not be asked."""
@@ -298,6 +303,7 @@ Effect = (
     AskRoute
     | TellEnd
     | TellJournal
+    | TellFirstToken
     | ShadowFound
     | ConnectWorker
     | DropWorker

@@ -138,6 +138,8 @@ def move_on(
         journal.crashes.add(place.key)
     planned = cause == RouteCause.PLANNED
     journal.retries += not planned
+    if not planned and journal.stuck_since is None:
+        journal.stuck_since = now if journal.moved_at is None else journal.moved_at
     if len(journal.crashes) >= CRASHES_MAX:
         text = f"the request ended {len(journal.crashes)} engines that ran it: {reason.text}"
         return effects + fail(state, journal, Failure.POISON, Reason(kind=ReasonKind.POISON, text=text), now)

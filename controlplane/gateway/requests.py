@@ -36,6 +36,7 @@ from controlplane.gateway.messages import (
     Started,
     StreamAdopted,
     TellEnd,
+    TellFirstToken,
     TellJournal,
     Tick,
     WorkerBroken,
@@ -215,6 +216,8 @@ class Requests:
                 self._leader.end(effect.entry)
             case TellJournal():
                 self._leader.adopted(effect.info)
+            case TellFirstToken():
+                self._leader.first_token(effect.token)
             case ShadowFound():
                 answer = self._finding.get(effect.request)
                 if answer is not None and not answer.done():

@@ -6,14 +6,23 @@ from __future__ import annotations
 from array import array
 
 from controlplane.gateway.journal import ChoiceJournal, Journal, take_fresh
-from controlplane.gateway.messages import Counted, Deliver, Effect, Failure, SendWorker, Started, WorkerKey
+from controlplane.gateway.messages import (
+    Counted,
+    Deliver,
+    Effect,
+    Failure,
+    SendWorker,
+    Started,
+    TellFirstToken,
+    WorkerKey,
+)
 from controlplane.gateway.request_rules import fail, finish_choice, move_on, send_body
 from controlplane.gateway.resume_rules import ask_again, give_up, on_shadow
 from controlplane.gateway.route_rules import PLANNED_KINDS
 from controlplane.gateway.state import GatewayState, WorkerPhase
 from controlplane.runtime.ids import Slot
 from controlplane.runtime.messages.common import SOLO_TOKENS, Reason, ReasonKind
-from controlplane.runtime.messages.route import JournalPhase, RouteCause
+from controlplane.runtime.messages.route import FirstToken, JournalPhase, RouteCause
 from controlplane.runtime.messages.serve import (
     Admitted,
     EndRequests,
@@ -180,6 +189,8 @@ def _take(
     if journal.phase == JournalPhase.OPENING:
         effects += _started(journal, 0)
     journal.moved_at = now
+    if fresh and journal.stuck_since is not None:
+        effects += _tell_first_token(state, journal, now)
     if len(fresh) < len(tokens):
         effects.append(Counted("tokens_repeated", len(tokens) - len(fresh)))
     state.journal_tokens += len(fresh)
@@ -193,6 +204,15 @@ def _take(
     if finish is not None:
         finish_choice(state, journal, choice, finish.reason)
     return effects
+
+
+def _tell_first_token(state: GatewayState, journal: Journal, now: float) -> list[Effect]:
+    """The leader keeps the timeline of failures: its last step is known here alone."""
+    assert journal.stuck_since is not None
+    gap_ms, journal.stuck_since = round((now - journal.stuck_since) * 1000), None
+    if not state.leader_up:
+        return []
+    return [TellFirstToken(FirstToken(request=journal.request, attempt=journal.attempt, gap_ms=gap_ms))]
 
 
 def _fresh_logprobs(

@@ -87,6 +87,16 @@ async def test_a_rank_is_killed(cluster: Cluster, undisturbed: list[Stream]) -> 
     epochs = {row["id"]: int(row["epoch"]) for row in status["replicas"]}
     assert epochs[victim["replica"]] > int(victim["epoch"]), "the replica came back under a higher epoch"
 
+    async def recovered() -> dict[str, Any] | None:
+        ended = [row for row in await cluster.failures() if row["replica"] == victim["replica"] and row["over"]]
+        return ended[-1] if ended else None
+
+    failure = await eventually("the failure's record is complete", recovered)
+    steps = {step["phase"].removeprefix("FAILURE_PHASE_").lower(): step["after_ms"] for step in failure["steps"]}
+    print(f"rank SIGKILL: {steps}, longest gap {failure['gap_ms_max']} ms: {failure['reason']['text']}")
+    assert steps.keys() == {"closed", "fenced", "regrouped", "replayed", "first_token"}
+    assert failure["requests"] > 0
+
 
 async def test_a_worker_daemon_is_killed(cluster: Cluster, undisturbed: list[Stream]) -> None:
     running = wave(cluster)

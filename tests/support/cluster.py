@@ -256,6 +256,14 @@ class Cluster:
             stream = admin_pb2_grpc.AdminStub(channel).Events(admin_pb2.EventsRequest(), timeout=5)
             return [MessageToDict(event, preserving_proto_field_name=True) async for event in stream]
 
+    async def failures(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The leader's failures, oldest first."""
+        async with grpc.aio.insecure_channel(self.address(name)) as channel:
+            stub = admin_pb2_grpc.AdminStub(channel)
+            response = await stub.ListFailures(admin_pb2.ListFailuresRequest(), timeout=5)
+        document = MessageToDict(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        return document["failures"]
+
     async def ready_replicas(self) -> dict[str, dict[str, Any]]:
         status = await self.status()
         return {row["id"]: row for row in status["replicas"] if row["phase"] == "REPLICA_PHASE_READY"}

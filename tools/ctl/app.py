@@ -76,6 +76,14 @@ def events(
 
 
 @app.command()
+def failures(address: Address = None, json: Json = False) -> None:
+    """What failed since the leader was elected, and how long each step of recovery took."""
+    with _one_line_errors(), admin(find_addresses(address)) as stub:
+        rows = views.failures_view(stub.ListFailures(admin_pb2.ListFailuresRequest(), timeout=CALL_TIMEOUT_S))
+    _print(rows, json, tables.failures_table)
+
+
+@app.command()
 def drain(
     node: str,
     deadline: Annotated[float, typer.Option(min=0, help="Seconds after which running streams move; 0: default.")] = 0,

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tools.ctl.views import Row, words
+from tools.ctl.views import FAILURE_STEPS, Row, words
 
 GOOD = frozenset({"live", "ready", "leading", "serving"})
 BAD = frozenset({"lost", "closed", "exited", "degraded", "unreachable", "frozen"})
@@ -91,6 +91,20 @@ def requests_table(rows: list[Row]) -> Table:
         counts = (str(row[key]) for key in ("attempt", "prompt_tokens", "max_tokens", "priority"))
         age = f"{row['age_ms'] / 1000:.1f} s"
         table.add_row(row["id"], row["state"], age, row["gateway"], replica, *counts, row["tenant"])
+    return table
+
+
+def failures_table(rows: list[Row]) -> Table:
+    """One line a failure; steps are times since it was noticed."""
+    steps = [step.replace("_", " ") for step in FAILURE_STEPS]
+    table = _table("noticed", "replica", *steps, "requests", "longest gap", "reason")
+    for row in rows:
+        time = datetime.fromisoformat(row["time"]).time().isoformat("milliseconds")
+        epochs = f"{row['replica']} @ {row['epoch']} → {row['next_epoch'] or '?'}"
+        cells = ["-" if row["steps_ms"][step] is None else f"{row['steps_ms'][step]} ms" for step in FAILURE_STEPS]
+        waiting = f" ({row['silent']} wait)" if row["silent"] else ""
+        counts = (f"{row['requests']}{waiting}", f"{row['gap_ms_max']} ms" if row["gap_ms_max"] else "-")
+        table.add_row(Text(time), epochs, *cells, *counts, row["reason"], style=None if row["over"] else "yellow")
     return table
 
 

@@ -6,7 +6,7 @@ States are the protocol's enum names, lower case, without their prefix ("live", 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from google.protobuf.message import Message
@@ -133,6 +133,33 @@ def requests_view(response: admin_pb2.ListRequestsResponse) -> list[Row]:
         }
         for request in response.requests
     ]
+
+
+FAILURE_STEPS = ("closed", "fenced", "regrouped", "replayed", "first_token")
+
+
+def failures_view(response: admin_pb2.ListFailuresResponse) -> list[Row]:
+    """Failures, oldest first; a step's time is in milliseconds since the failure was noticed, None while not done."""
+    return [_failure_view(failure, datetime.now().astimezone()) for failure in response.failures]
+
+
+def _failure_view(failure: admin_pb2.FailureStatus, now: datetime) -> Row:
+    done = {enum_word(step, "phase"): step.after_ms for step in failure.steps}
+    return {
+        "time": (now - timedelta(milliseconds=failure.age_ms)).isoformat(timespec="milliseconds"),
+        "replica": failure.replica,
+        "epoch": failure.epoch,
+        "next_epoch": failure.next_epoch,
+        "node": failure.node,
+        "over": failure.over,
+        "steps_ms": {step: done.get(step) for step in FAILURE_STEPS},
+        "requests": failure.requests,
+        "homeless": failure.homeless,
+        "silent": failure.silent,
+        "suspects": list(failure.suspects),
+        "gap_ms_max": failure.gap_ms_max,
+        "reason": reason_text(failure),
+    }
 
 
 def event_view(event: admin_pb2.EventsResponse) -> Row:

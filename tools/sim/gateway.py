@@ -9,7 +9,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from controlplane.gateway.leader_link import GatewayIdentity, batched
+from controlplane.gateway.leader_link import GatewayIdentity, Item, batched
 from controlplane.gateway.messages import WorkerKey
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requests import Requests
@@ -22,6 +22,7 @@ from controlplane.runtime.ids import NodeId, SessionId
 from controlplane.runtime.messages.common import Head, Reason, ReasonKind
 from controlplane.runtime.messages.route import (
     EndEntry,
+    FirstToken,
     GatewayHeartbeat,
     GatewayHello,
     GatewayWelcome,
@@ -29,7 +30,6 @@ from controlplane.runtime.messages.route import (
     JournalInfo,
     LeaderHeartbeat,
     RouteEntry,
-    RouteUp,
 )
 from controlplane.runtime.messages.serve import ServeHeartbeat, ServeHello, ServeUp, StepTokens
 from controlplane.runtime.messages.session import Fenced, SessionRefused
@@ -114,11 +114,11 @@ class _Session:
         self.silence = Silence(gateway.timings, gateway.process.now())
         self._process = gateway.process
         self._reader = reader
-        self._outbox: deque[RouteUp | RouteEntry | EndEntry] = deque()
+        self._outbox: deque[Item] = deque()
         self._sent = 1
         self._received = 1
 
-    def send(self, item: RouteUp | RouteEntry | EndEntry) -> None:
+    def send(self, item: Item) -> None:
         if not self._outbox:
             self._process.soon(self._write)
         self._outbox.append(item)
@@ -153,6 +153,10 @@ class SimLeaderLink:
     def ask(self, entry: RouteEntry) -> None:
         if self._session is not None:
             self._session.send(entry)
+
+    def first_token(self, token: FirstToken) -> None:
+        if self._session is not None:
+            self._session.send(token)
 
     def end(self, entry: EndEntry) -> None:
         if self._session is not None:

@@ -148,6 +148,21 @@ class Locate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """A lost request goes on: the first token of its new attempt came."""
+
+    request: RequestId
+    attempt: Attempt
+    # Since the last token of the attempt before, or since the loss where it gave none.
+    gap_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstTokens:
+    entries: tuple[FirstToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayWelcome:
     term: Term
     session: SessionId
@@ -243,7 +258,7 @@ class Located:
     serve_address: str
 
 
-RouteUp = GatewayHello | Inventory | RouteBatch | EndBatch | Locate | GatewayHeartbeat | Fenced
+RouteUp = GatewayHello | Inventory | RouteBatch | EndBatch | Locate | FirstTokens | GatewayHeartbeat | Fenced
 
 
 RouteDown = (

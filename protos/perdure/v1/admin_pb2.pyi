@@ -26,6 +26,15 @@ class NodePhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     NODE_PHASE_DRAINING: _ClassVar[NodePhase]
     NODE_PHASE_LEFT: _ClassVar[NodePhase]
     NODE_PHASE_LOST: _ClassVar[NodePhase]
+
+class FailurePhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAILURE_PHASE_UNSPECIFIED: _ClassVar[FailurePhase]
+    FAILURE_PHASE_CLOSED: _ClassVar[FailurePhase]
+    FAILURE_PHASE_FENCED: _ClassVar[FailurePhase]
+    FAILURE_PHASE_REGROUPED: _ClassVar[FailurePhase]
+    FAILURE_PHASE_REPLAYED: _ClassVar[FailurePhase]
+    FAILURE_PHASE_FIRST_TOKEN: _ClassVar[FailurePhase]
 LEADER_PHASE_UNSPECIFIED: LeaderPhase
 LEADER_PHASE_CANDIDATE: LeaderPhase
 LEADER_PHASE_REBUILDING: LeaderPhase
@@ -38,6 +47,12 @@ NODE_PHASE_UNREACHABLE: NodePhase
 NODE_PHASE_DRAINING: NodePhase
 NODE_PHASE_LEFT: NodePhase
 NODE_PHASE_LOST: NodePhase
+FAILURE_PHASE_UNSPECIFIED: FailurePhase
+FAILURE_PHASE_CLOSED: FailurePhase
+FAILURE_PHASE_FENCED: FailurePhase
+FAILURE_PHASE_REGROUPED: FailurePhase
+FAILURE_PHASE_REPLAYED: FailurePhase
+FAILURE_PHASE_FIRST_TOKEN: FailurePhase
 
 class StatusRequest(_message.Message):
     __slots__ = ()
@@ -313,3 +328,51 @@ class ApplyResponse(_message.Message):
     CREATED_FIELD_NUMBER: _ClassVar[int]
     created: bool
     def __init__(self, created: _Optional[bool] = ...) -> None: ...
+
+class ListFailuresRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FailureStep(_message.Message):
+    __slots__ = ("phase", "after_ms")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    phase: FailurePhase
+    after_ms: int
+    def __init__(self, phase: _Optional[_Union[FailurePhase, str]] = ..., after_ms: _Optional[int] = ...) -> None: ...
+
+class FailureStatus(_message.Message):
+    __slots__ = ("age_ms", "replica", "epoch", "node", "reason", "steps", "next_epoch", "requests", "homeless", "silent", "suspects", "gap_ms_max", "over")
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    HOMELESS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTS_FIELD_NUMBER: _ClassVar[int]
+    GAP_MS_MAX_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
+    age_ms: int
+    replica: str
+    epoch: int
+    node: str
+    reason: _common_pb2.Reason
+    steps: _containers.RepeatedCompositeFieldContainer[FailureStep]
+    next_epoch: int
+    requests: int
+    homeless: int
+    silent: int
+    suspects: _containers.RepeatedScalarFieldContainer[str]
+    gap_ms_max: int
+    over: bool
+    def __init__(self, age_ms: _Optional[int] = ..., replica: _Optional[str] = ..., epoch: _Optional[int] = ..., node: _Optional[str] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ..., steps: _Optional[_Iterable[_Union[FailureStep, _Mapping]]] = ..., next_epoch: _Optional[int] = ..., requests: _Optional[int] = ..., homeless: _Optional[int] = ..., silent: _Optional[int] = ..., suspects: _Optional[_Iterable[str]] = ..., gap_ms_max: _Optional[int] = ..., over: _Optional[bool] = ...) -> None: ...
+
+class ListFailuresResponse(_message.Message):
+    __slots__ = ("failures",)
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    failures: _containers.RepeatedCompositeFieldContainer[FailureStatus]
+    def __init__(self, failures: _Optional[_Iterable[_Union[FailureStatus, _Mapping]]] = ...) -> None: ...

@@ -49,6 +49,11 @@ class AdminStub:
                 request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.EventsRequest.SerializeToString,
                 response_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.EventsResponse.FromString,
                 _registered_method=True)
+        self.ListFailures = channel.unary_unary(
+                '/perdure.v1.Admin/ListFailures',
+                request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ListFailuresRequest.SerializeToString,
+                response_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ListFailuresResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/perdure.v1.Admin/Drain',
                 request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
@@ -88,6 +93,13 @@ class AdminServicer:
 
     def Events(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFailures(self, request, context):
+        """The newest failures of this leader's term, oldest first.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -133,6 +145,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Events,
                     request_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.EventsRequest.FromString,
                     response_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.EventsResponse.SerializeToString,
+            ),
+            'ListFailures': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFailures,
+                    request_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ListFailuresRequest.FromString,
+                    response_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ListFailuresResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -236,6 +253,33 @@ class Admin:
             '/perdure.v1.Admin/Events',
             protos_dot_perdure_dot_v1_dot_admin__pb2.EventsRequest.SerializeToString,
             protos_dot_perdure_dot_v1_dot_admin__pb2.EventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFailures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.Admin/ListFailures',
+            protos_dot_perdure_dot_v1_dot_admin__pb2.ListFailuresRequest.SerializeToString,
+            protos_dot_perdure_dot_v1_dot_admin__pb2.ListFailuresResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,7 +66,7 @@ ROUTE_CODE_DEADLINE: RouteCode
 ROUTE_CODE_POISON: RouteCode
 
 class RouteRequest(_message.Message):
-    __slots__ = ("head", "hello", "inventory", "route", "end", "locate", "heartbeat", "fenced")
+    __slots__ = ("head", "hello", "inventory", "route", "end", "locate", "heartbeat", "fenced", "first_tokens")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     INVENTORY_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class RouteRequest(_message.Message):
     LOCATE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     FENCED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     head: _common_pb2.Head
     hello: GatewayHello
     inventory: Inventory
@@ -83,7 +84,8 @@ class RouteRequest(_message.Message):
     locate: Locate
     heartbeat: GatewayHeartbeat
     fenced: _session_pb2.Fenced
-    def __init__(self, head: _Optional[_Union[_common_pb2.Head, _Mapping]] = ..., hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., route: _Optional[_Union[RouteBatch, _Mapping]] = ..., end: _Optional[_Union[EndBatch, _Mapping]] = ..., locate: _Optional[_Union[Locate, _Mapping]] = ..., heartbeat: _Optional[_Union[GatewayHeartbeat, _Mapping]] = ..., fenced: _Optional[_Union[_session_pb2.Fenced, _Mapping]] = ...) -> None: ...
+    first_tokens: FirstTokens
+    def __init__(self, head: _Optional[_Union[_common_pb2.Head, _Mapping]] = ..., hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., route: _Optional[_Union[RouteBatch, _Mapping]] = ..., end: _Optional[_Union[EndBatch, _Mapping]] = ..., locate: _Optional[_Union[Locate, _Mapping]] = ..., heartbeat: _Optional[_Union[GatewayHeartbeat, _Mapping]] = ..., fenced: _Optional[_Union[_session_pb2.Fenced, _Mapping]] = ..., first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
     __slots__ = ("cluster", "gateway", "incarnation", "url", "highest_term_seen", "pid", "host")
@@ -204,6 +206,22 @@ class Locate(_message.Message):
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     request: str
     def __init__(self, request: _Optional[str] = ...) -> None: ...
+
+class FirstToken(_message.Message):
+    __slots__ = ("request", "attempt", "gap_ms")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    GAP_MS_FIELD_NUMBER: _ClassVar[int]
+    request: str
+    attempt: int
+    gap_ms: int
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., gap_ms: _Optional[int] = ...) -> None: ...
+
+class FirstTokens(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[FirstToken]
+    def __init__(self, entries: _Optional[_Iterable[_Union[FirstToken, _Mapping]]] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
     __slots__ = ("head", "welcome", "refused", "replicas", "routed", "closed", "move", "cancel", "located", "heartbeat")

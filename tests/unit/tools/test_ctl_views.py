@@ -107,3 +107,17 @@ def test_an_event_is_one_line() -> None:
 
 def test_a_state_from_a_newer_cluster_is_its_number() -> None:
     assert views.enum_word(admin_pb2.NodeStatus(phase=99), "phase") == "99"  # type: ignore[arg-type]
+
+
+def test_failures_show_each_step_and_what_is_still_to_come() -> None:
+    closed = admin_pb2.FailureStep(phase=admin_pb2.FAILURE_PHASE_CLOSED, after_ms=0)
+    first_token = admin_pb2.FailureStep(phase=admin_pb2.FAILURE_PHASE_FIRST_TOKEN, after_ms=85)
+    reason = common_pb2.Reason(kind=common_pb2.REASON_KIND_PROCESS_EXITED, text="killed by signal 9")
+    failure = admin_pb2.FailureStatus(
+        age_ms=1500, replica="main-0", epoch=4, reason=reason, steps=[closed, first_token], requests=16, silent=2
+    )
+    (row,) = views.failures_view(admin_pb2.ListFailuresResponse(failures=[failure]))
+    assert row["steps_ms"] == {"closed": 0, "fenced": None, "regrouped": None, "replayed": None, "first_token": 85}
+    line = printed(tables.failures_table([row])).splitlines()[1]
+    for cell in ("main-0 @ 4 → ?", "0 ms", "85 ms", "16 (2 wait)", "killed by signal 9"):
+        assert cell in line
