@@ -1,5 +1,6 @@
 # make serve   install into .venv and serve the demo model on this machine
 # make test    install into .venv and run every test that needs no GPU
+# make matrix  every model family on every mesh, and the demo model's own weights, against transformers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +11,16 @@ ARGS ?=
 # Test files run at a time. Many of them wait for leases to expire, so one more than the cores of a small machine.
 JOBS ?= 3
 
-.PHONY: serve test lint check protos clean
+.PHONY: serve test matrix lint check protos clean
 
 serve: $(STAMP)
 	@$(BIN)/perdure up $(ARGS)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile $(ARGS)
+
+matrix: $(STAMP)
+	@$(BIN)/python -m pytest -m matrix $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -17,6 +17,14 @@ from tests.support.cluster import Cluster
 from tests.support.models import tiny_model
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The matrix takes long: it runs only where the marker expression names it."""
+    if "matrix" not in config.option.markexpr:
+        matrix = [item for item in items if item.get_closest_marker("matrix") is not None]
+        config.hook.pytest_deselected(items=matrix)
+        items[:] = [item for item in items if item not in matrix]
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     """Two control planes, two workers of one rank, a real etcd, a small real model (PERDURE_TEST_MODEL: another)."""

@@ -119,7 +119,7 @@ class Engine:
         self._runner.attach(model)
 
     def close(self) -> None:
-        """Let the followers go. For an engine without a daemon, which would end them."""
+        """Let the followers go, until they `run` again. For an engine without a daemon, which would end them."""
         broadcast_data(self._model.mesh.control, None, 0)
 
     @property

@@ -127,7 +127,7 @@ class ModelRunner:
 
     def _probe(self, plan: StepPlan) -> None:
         self.launch(plan)
-        if self._mesh.rank == 0:
+        if self._mesh.is_driver:
             self.finish(1)
         self._logits.clear()
         if self._device.type == "cuda":

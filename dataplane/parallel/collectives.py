@@ -31,13 +31,13 @@ def broadcast_data(group: Group, value: T | None, source: int, type: type[T] | A
     if group.size == 1:
         return value  # type: ignore[return-value]
     body = _encode(value) if group.index == source else b""
-    first = _bytes((len(body).to_bytes(_HEAD_BYTES, "little") + body)[:_FIRST_BYTES].ljust(_FIRST_BYTES, b"\0"))
-    head = group.broadcast(first, source, patient=patient).numpy().tobytes()
+    first = (len(body).to_bytes(_HEAD_BYTES, "little") + body)[:_FIRST_BYTES].ljust(_FIRST_BYTES, b"\0")
+    head = as_bytes(group.broadcast(as_tensor(first, group), source, patient=patient))
     length = int.from_bytes(head[:_HEAD_BYTES], "little")
     data = head[_HEAD_BYTES : _HEAD_BYTES + length]
     if len(data) < length:
-        rest = _bytes(body[len(data) :].ljust(length - len(data), b"\0"))
-        data += group.broadcast(rest, source).numpy().tobytes()
+        rest = as_tensor(body[len(data) :].ljust(length - len(data), b"\0"), group)
+        data += as_bytes(group.broadcast(rest, source))
     return msgspec.msgpack.decode(data, type=type)
 
 
@@ -46,12 +46,10 @@ def all_gather_data(group: Group, value: T, type: type[T] | Any = Any) -> list[T
     body = _encode(value)
     if group.size == 1:
         return [value]
-    lengths = group.all_gather(torch.tensor(len(body)))
-    longest = int(lengths.max())
-    parts = group.all_gather(_bytes(body.ljust(longest, b"\0")))
+    lengths: list[int] = group.all_gather(torch.tensor(len(body), device=group.device)).tolist()
+    parts = group.all_gather(as_tensor(body.ljust(max(lengths), b"\0"), group))
     return [
-        msgspec.msgpack.decode(parts[index].numpy().tobytes()[: int(length)], type=type)
-        for index, length in enumerate(lengths)
+        msgspec.msgpack.decode(as_bytes(part)[:length], type=type) for part, length in zip(parts, lengths, strict=True)
     ]
 
 
@@ -92,5 +90,11 @@ def all_reduce_many(group: Group, tensors: Sequence[Tensor], operation: str = SU
     return results
 
 
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def as_tensor(data: bytes, group: Group) -> Tensor:
+    """`data` where `group` exchanges tensors."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(group.device)
+
+
+def as_bytes(data: Tensor) -> bytes:
+    """The way back."""
+    return data.cpu().numpy().tobytes()

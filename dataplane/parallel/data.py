@@ -14,15 +14,15 @@ import msgspec
 import torch
 from torch import Tensor
 
-from dataplane.parallel.collectives import all_gather_data, all_reduce_many
+from dataplane.parallel.collectives import all_gather_data, all_reduce_many, as_bytes, as_tensor
 from dataplane.parallel.groups import MEAN, Group
 from dataplane.parallel.split import cut
 
 T = TypeVar("T")
 
 
-def scatter_data(group: Group, items: Sequence[T] | None, source: int = 0) -> list[T]:
-    """This member's part of the plain data `items` that member `source` has."""
+def scatter_data(group: Group, items: Sequence[T] | None, source: int = 0, type: Any = Any) -> list[T]:
+    """This member's part of the plain data `items` that member `source` has. `type`: of one item."""
     if group.size == 1:
         return list(items or ())
     bodies = [b""] * group.size
@@ -30,9 +30,9 @@ def scatter_data(group: Group, items: Sequence[T] | None, source: int = 0) -> li
         assert items is not None
         parts = [items[slice(*cut(len(items), group.size, member))] for member in range(group.size)]
         bodies = [msgspec.msgpack.encode(list(part)) for part in parts]
-    joined = torch.frombuffer(bytearray(b"".join(bodies) or b"\0"), dtype=torch.uint8)
+    joined = as_tensor(b"".join(bodies) or b"\0", group)
     mine = _spread(group, joined, [len(body) for body in bodies], source)
-    return msgspec.msgpack.decode(mine.numpy().tobytes())
+    return msgspec.msgpack.decode(as_bytes(mine), type=_list_of(type))
 
 
 def scatter_rows(group: Group, rows: Tensor | None, like: Tensor, source: int = 0) -> Tensor:
@@ -49,7 +49,7 @@ def scatter_rows(group: Group, rows: Tensor | None, like: Tensor, source: int = 
 
 def gather_data(group: Group, items: Sequence[T], type: Any = Any) -> list[T]:
     """All members' items as one list, in order of members."""
-    return list(chain.from_iterable(all_gather_data(group, list(items), list[type] if type is not Any else Any)))
+    return list(chain.from_iterable(all_gather_data(group, list(items), _list_of(type))))
 
 
 def gather_rows(group: Group, rows: Tensor) -> Tensor:
@@ -64,6 +64,10 @@ def gather_rows(group: Group, rows: Tensor) -> Tensor:
 def average_gradients(group: Group, gradients: Sequence[Tensor]) -> list[Tensor]:
     """The mean over members of each gradient, in one exchange a dtype."""
     return all_reduce_many(group, gradients, MEAN)
+
+
+def _list_of(type: Any) -> Any:
+    return Any if type is Any else list[type]
 
 
 def _spread(group: Group, x: Tensor, counts: list[int], source: int) -> Tensor:

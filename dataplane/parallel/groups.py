@@ -103,6 +103,12 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    @property
+    def device(self) -> str:
+        """Where tensors must lie to be exchanged."""
+        over_nccl = self.transport is not None and not isinstance(self.transport.backend, dist.ProcessGroupGloo)
+        return "cuda" if over_nccl else "cpu"
+
     def all_reduce(self, x: Tensor, operation: str = SUM) -> Tensor:
         """The combined `x` on every rank, with the same bits everywhere. May reuse the memory of `x`."""
         if self._alone(x):
@@ -185,7 +191,7 @@ class Group:
     def barrier(self) -> None:
         """Return once every member has come."""
         if self.size > 1:
-            self.all_reduce(torch.zeros(1, device=self._device()))
+            self.all_reduce(torch.zeros(1, device=self.device))
 
     def abort(self) -> None:
         """End the group: whoever waits in one of its exchanges, here or elsewhere, gets a PeerLost. From any thread."""
@@ -196,7 +202,7 @@ class Group:
             self.transport.board.abort()
         if self.transport.connections is not None:
             self.transport.connections.shutdown()
-        if hasattr(self.transport.backend, "abort") and self._device() != "cpu":
+        if hasattr(self.transport.backend, "abort") and self.device != "cpu":
             self.transport.backend.abort()
 
     def close(self) -> None:
@@ -208,10 +214,6 @@ class Group:
 
     def _alone(self, x: Tensor) -> bool:
         return self.size == 1 or x.is_meta
-
-    def _device(self) -> str:
-        assert self.transport is not None
-        return "cpu" if isinstance(self.transport.backend, dist.ProcessGroupGloo) else "cuda"
 
     def _deadline(self, timeout_s: float | None) -> float:
         assert self.transport is not None

@@ -43,7 +43,8 @@ def world_size(degrees: ParallelDegrees) -> int:
 class Mesh:
     """This rank's place and its groups.
 
-    `control` and `world` both hold every rank; `control` stays on the host, for plain data, whatever the device.
+    `world` holds every rank of all replicas, `data` one rank of each. `control` holds the ranks of this replica, its
+    driver first, and stays on the host, for plain data, whatever the device.
     """
 
     degrees: ParallelDegrees
@@ -58,6 +59,11 @@ class Mesh:
     def single(cls) -> Mesh:
         """A mesh of one rank."""
         return plan_mesh(ParallelDegrees(), 0)
+
+    @property
+    def is_driver(self) -> bool:
+        """Whether this rank plans the steps of its replica."""
+        return self.control.index == 0
 
     @property
     def tensor_rank(self) -> int:
@@ -109,11 +115,12 @@ def plan_mesh(degrees: ParallelDegrees, rank: int, pulse: Pulse | None = None) -
     if not 0 <= rank < size:
         raise invalid(f"rank {rank} is outside a mesh of {size} ranks")
     t, p = degrees.tensor, degrees.pipeline
+    replica = rank // (t * p)
     axes = {
-        "control": range(size),
+        "control": range(replica * t * p, (replica + 1) * t * p),
         "world": range(size),
         "tensor": range(rank // t * t, rank // t * t + t),
-        "pipeline": range(rank // (t * p) * t * p + rank % t, (rank // (t * p) + 1) * t * p, t),
+        "pipeline": range(replica * t * p + rank % t, (replica + 1) * t * p, t),
         "data": range(rank % (t * p), size, t * p),
     }
     pulse = pulse or Pulse()
@@ -129,9 +136,9 @@ class Rendezvous:
     address: str
 
     @classmethod
-    def listen(cls, host: str) -> Rendezvous:
-        """Rank 0: hold the store on a free port of `host`."""
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    def listen(cls, host: str, port: int = 0) -> Rendezvous:
+        """Rank 0: hold the store on `port` of `host`; 0: a free one."""
+        store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
         return cls(store, f"{host}:{store.port}")
 
     @classmethod

@@ -88,7 +88,12 @@ DataSize = Annotated[
 ]
 ExpertSize = Annotated[
     int | None,
-    typer.Option("--expert-parallel-size", "--ep", help="Tensor ranks that share the experts.", show_default="1"),
+    typer.Option(
+        "--expert-parallel-size",
+        "--ep",
+        help="Ways in which experts lie across the tensor ranks; divides the tensor size.",
+        show_default="1",
+    ),
 ]
 FailureTimeout = Annotated[
     float | None, typer.Option(help="Seconds until silence counts as death; all times follow.", show_default="3")

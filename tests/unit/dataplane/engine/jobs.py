@@ -8,9 +8,8 @@ import torch
 
 from controlplane.runtime.ids import DeploymentId
 from controlplane.runtime.messages.common import ParallelDegrees, ReplicaSpec, Sampling
-from dataplane.engine.engine import Engine
-from dataplane.engine.follower import Follower
-from dataplane.engine.library import generate, submission
+from dataplane.engine.library import submission
+from dataplane.engine.replicas import Replicas
 from dataplane.models.fit import load_model
 from tests.support.ranks import Ranks
 
@@ -18,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def answers(ranks: Ranks, paths: list[str], prompts: list[list[int]], degrees: dict[str, int], count: int) -> Any:
-    """Greedy tokens by model, from the driver; the other ranks follow until it ends the mesh."""
+    """Greedy tokens by model."""
     told: dict[str, list[list[int]]] = {}
     for path in paths:
         mesh = ranks.mesh(**degrees)
@@ -32,14 +31,11 @@ def answers(ranks: Ranks, paths: list[str], prompts: list[list[int]], degrees: d
             max_sequences=6,
             max_model_tokens=300,
         )
-        model = load_model(spec, mesh, CPU, lambda *_: None)
-        if ranks.rank == 0:
-            engine = Engine(model, spec, CPU)
-            sampling = Sampling(temperature=0, max_tokens=count, ignore_eos=True)
-            submissions = [submission(n, prompt, sampling) for n, prompt in enumerate(prompts)]
-            told[path] = [answer.tokens for answer in generate(engine, submissions)]
-            engine.close()
-        else:
-            Follower(model, spec, CPU, None, lambda *_: None).run()
+        replicas = Replicas(load_model(spec, mesh, CPU, lambda *_: None), spec, CPU)
+        sampling = Sampling(temperature=0, max_tokens=count, ignore_eos=True)
+        generated = replicas.generate([submission(n, prompt, sampling) for n, prompt in enumerate(prompts)])
+        assert generated is not None
+        told[path] = [answer.tokens for answer in generated]
+        replicas.close()
         mesh.close()
     return told

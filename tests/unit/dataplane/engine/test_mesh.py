@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         {"tensor": 2, "pipeline": 2},
         {"tensor": 2, "expert": 2},
         {"pipeline": 4},
+        {"data": 2},
+        {"data": 2, "tensor": 2},
     ],
     ids=lambda degrees: "-".join(f"{axis}{size}" for axis, size in degrees.items()),
 )
 def test_tokens_do_not_depend_on_the_mesh(pool: RankPool, models: list[Path], degrees: dict[str, int]) -> None:
     prompts = mixed_prompts(7)
-    ranks = degrees.get("tensor", 1) * degrees.get("pipeline", 1)
+    ranks = prod(size for axis, size in degrees.items() if axis != "expert")
     paths = [str(path) for path in models]
-    told = pool.run(JOB, ranks, paths=paths, prompts=prompts, degrees=degrees, count=12)[0]
+    told, *others = pool.run(JOB, ranks, paths=paths, prompts=prompts, degrees=degrees, count=12)
+    assert all(other == told for other in others)
     for path in models:
         assert told[str(path)] == [greedy(path, prompt, 12) for prompt in prompts], path.name
