@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +91,18 @@ def peak_bytes(ranks: Ranks, path: str, degrees: dict[str, int]) -> int:
     mesh = ranks.mesh(**degrees)
     # A first load brings in code and buffers; its weights go again.
     load_on(mesh, path)
+    with rise_of_memory() as risen:
+        load_on(mesh, path)
+    return risen()
+
+
+@contextmanager
+def rise_of_memory() -> Iterator[Callable[[], int]]:
+    """How far resident memory, file pages included, has risen at most since the block began, in bytes."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    load_on(mesh, path)
-    return _status("VmHWM") - before
+    yield lambda: _status("VmHWM") - before
 
 
 def _status(field: str) -> int:
