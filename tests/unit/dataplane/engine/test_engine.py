@@ -71,6 +71,15 @@ def test_greedy_tokens_are_those_of_transformers(make_engine: MakeEngine, folder
     assert [answer.tokens for answer in answers] == expected
 
 
+def test_a_layer_that_drops_extra_arguments_attends_all_the_same(make_engine: MakeEngine, folder: Path) -> None:
+    """StableLM's does: the step's context does not travel in the call."""
+    prompts = mixed_prompts(3)
+    answers = generate(make_engine("stablelm"), [submission(n, prompt, GREEDY) for n, prompt in enumerate(prompts)])
+    assert [answer.tokens for answer in answers] == [
+        greedy(tiny_model(folder, "stablelm"), prompt, 16) for prompt in prompts
+    ]
+
+
 # ---------------------------------------------------------------- exactness
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, max_tokens=14, ignore_eos=True, logprobs=2)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from controlplane.runtime.errors import Rejected
 from controlplane.runtime.messages.common import ParallelDegrees
@@ -183,6 +183,56 @@ def test_a_padding_index_outside_the_shard(models: Path, tmp_path: Path, rank_po
 
 def test_a_row_parallel_bias_is_added_once(models: Path, tmp_path: Path, rank_pool: RankPool) -> None:
     check(rank_pool, tiny_model(models, "llama", attention_bias=True, mlp_bias=True), tmp_path, 4, tensor=4)
+
+
+def test_an_odd_vocabulary_is_padded_over_ranks_and_cut_again(
+    models: Path, tmp_path: Path, rank_pool: RankPool
+) -> None:
+    check(rank_pool, tiny_model(models, "llama", vocab_size=331), tmp_path, 4, tensor=4)
+
+
+def test_a_tied_head_is_the_embeddings_shard(models: Path, tmp_path: Path, rank_pool: RankPool) -> None:
+    """And the embedding's own scale reaches looked-up rows, not the head."""
+    path = tiny_model(models, "gemma2")
+    parts = check(rank_pool, path, tmp_path, 4, tensor=4)
+    whole = sum(item.numel() for item in load_file(path / "model.safetensors").values())
+    assert all(part["parameters"] < whole * 0.32 for part in parts)
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_projections_that_are_stored_fused_are_cut_part_by_part(
+    family: str, models: Path, tmp_path: Path, rank_pool: RankPool
+) -> None:
+    check(rank_pool, tiny_model(models, family), tmp_path, 4, tensor=4)
+
+
+@pytest.mark.parametrize("family", ["phi3", "stablelm", "deepseek_v3"])
+def test_forward_code_that_counts_heads_counts_those_of_its_rank(
+    family: str, models: Path, tmp_path: Path, rank_pool: RankPool
+) -> None:
+    check(rank_pool, tiny_model(models, family), tmp_path, 2, tensor=2)
+
+
+def test_sinks_are_cut_by_head_and_an_experts_bias_is_added_once(
+    models: Path, tmp_path: Path, rank_pool: RankPool
+) -> None:
+    check(rank_pool, tiny_model(models, "gpt_oss"), tmp_path, 4, tensor=4, expert=2)
+
+
+def test_a_multiplier_of_embeddings_is_applied_on_the_first_stage_alone(
+    models: Path, tmp_path: Path, rank_pool: RankPool
+) -> None:
+    check(rank_pool, tiny_model(models, "granite"), tmp_path, 2, pipeline=2)
+
+
+def test_no_cache_object_is_made_in_a_forward_pass(models: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(tiny_model(models, "gemma3_text"))
+
+    def made(*_: Any, **__: Any) -> None:
+        raise AssertionError("a cache was made")
+
+    monkeypatch.setattr(DynamicCache, "__init__", made)
+    our_logits(model, prompts())
 
 
 def test_a_full_width_norm_counts_replicated_heads_once(models: Path, tmp_path: Path, rank_pool: RankPool) -> None:
