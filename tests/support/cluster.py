@@ -121,7 +121,7 @@ class Daemon:
 
 
 class Cluster:
-    """etcd, control planes and workers of one test, below one folder."""
+    """etcd, control planes and workers of one test, below one folder. `replicas`: default one a worker."""
 
     def __init__(
         self,
@@ -131,6 +131,7 @@ class Cluster:
         controlplanes: int = 1,
         workers: int = 2,
         devices_per_worker: int = 1,
+        replicas: int | None = None,
         failure_timeout: float = 3.0,
         heartbeat_interval: float = 0.5,
         **sections: dict[str, Any],
@@ -142,6 +143,7 @@ class Cluster:
         self.workers: dict[str, Daemon] = {}
         self._model = model
         self._shape = (controlplanes, workers, devices_per_worker)
+        self._replicas = workers if replicas is None else replicas
         self._times = {"failure_timeout": failure_timeout, "heartbeat_interval": heartbeat_interval}
         self._sections = sections
 
@@ -269,8 +271,8 @@ class Cluster:
         return {row["id"]: row for row in status["replicas"] if row["phase"] == "REPLICA_PHASE_READY"}
 
     async def wait_ready(self, replicas: int | None = None) -> dict[str, Any]:
-        """Wait until so many replicas (default: one a worker) are ready and return the status then."""
-        wanted = replicas if replicas is not None else self._shape[1]
+        """Wait until so many replicas (default: all of the cluster's) are ready and return the status then."""
+        wanted = replicas if replicas is not None else self._replicas
 
         async def ready() -> dict[str, Any] | None:
             for daemon in self.daemons():
