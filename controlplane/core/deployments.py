@@ -96,13 +96,14 @@ def change(state: ClusterState, name: DeploymentId, record: DeploymentRecord | N
         state.record("deployment_created", details={"deployment": name, "replicas": str(record.replicas)})
     elif known.record != record or known.removed:
         known.record, known.removed = record, False
+        known.settled = False
         for replica in known.replicas.values():
             state.row_changed(replica)
         state.record("deployment_changed", details={"deployment": name, "replicas": str(record.replicas)})
 
 
 def _remove(state: ClusterState, deployment: Deployment) -> None:
-    deployment.removed = True
+    deployment.removed, deployment.settled = True, False
     name = deployment.record.deployment
     reason = Reason(kind=ReasonKind.ADMIN, text=f"deployment {name} was removed")
     drop_queue(state, deployment, RouteCode.UNKNOWN_DEPLOYMENT, reason)
@@ -129,6 +130,7 @@ def restore(state: ClusterState, record: PlacementRecord) -> None:
         reason=Reason(kind=ReasonKind.SESSION_SILENT, text="waits for its workers to report"),
     )
     deployment.replicas[index] = replica
+    deployment.settled = False
     state.replicas[record.replica] = replica
     state.row_changed(replica)
 
@@ -147,13 +149,21 @@ def reconcile(state: ClusterState) -> None:
     if state.frozen:
         return
     for deployment in list(state.deployments.values()):
-        _add_missing(state, deployment)
-        _retire_surplus(state, deployment)
-        _roll(state, deployment)
-        if deployment.removed and not deployment.replicas:
-            del state.deployments[deployment.record.deployment]
+        if not deployment.settled:
+            _settle(state, deployment)
     if may_place(state):
         _place_homeless(state)
+
+
+def _settle(state: ClusterState, deployment: Deployment) -> None:
+    """Make the deployment's replicas those that are wanted. To be done again when it or one of them changes."""
+    deployment.settled = True
+    _add_missing(state, deployment)
+    _retire_surplus(state, deployment)
+    if _roll(state, deployment) or any(replica.retiring for replica in deployment.replicas.values()):
+        deployment.settled = False
+    if deployment.removed and not deployment.replicas:
+        del state.deployments[deployment.record.deployment]
 
 
 def may_place(state: ClusterState) -> bool:
@@ -193,15 +203,15 @@ def _retire_surplus(state: ClusterState, deployment: Deployment) -> None:
             bury(state, deployment, replica)
 
 
-def _roll(state: ClusterState, deployment: Deployment) -> None:
-    """Replace replicas of an older spec, one at a time, and only while all others serve."""
+def _roll(state: ClusterState, deployment: Deployment) -> bool:
+    """Replace replicas of an older spec, one at a time, and only while all others serve. False: there is none."""
     outdated = [
         replica
         for replica in deployment.replicas.values()
         if replica.holds_devices and not replica.retiring and replica.spec != deployment.record.spec
     ]
     if not outdated:
-        return
+        return False
     reason = Reason(kind=ReasonKind.REPLACED, text=f"the spec of {deployment.record.deployment} changed")
     idle = [replica for replica in outdated if replica.phase not in (ReplicaPhase.READY, ReplicaPhase.DRAINING)]
     for replica in idle:
@@ -210,14 +220,14 @@ def _roll(state: ClusterState, deployment: Deployment) -> None:
     steady = all(replica.phase is ReplicaPhase.READY for replica in deployment.replicas.values())
     if steady:
         start_drain(state, min(outdated, key=lambda replica: replica.index), reason, left_s=0.0)
+    return True
 
 
 def _place_homeless(state: ClusterState) -> None:
     homeless = {
         replica.replica: replica
         for deployment in state.deployments.values()
-        for _, replica in sorted(deployment.replicas.items())
-        if _wants_place(replica)
+        for replica in sorted(filter(_wants_place, deployment.replicas.values()), key=lambda replica: replica.index)
     }
     if not homeless:
         return

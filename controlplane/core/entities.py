@@ -212,11 +212,17 @@ class Replica:
     # Since it has no place.
     homeless_s: float = 0.0
     reason: Reason | None = None
+    # The members that `_nodes` was made from: it is asked for all the time.
+    _nodes_of: tuple[Member, ...] = ()
+    _nodes: tuple[NodeId, ...] = ()
 
     @property
-    def nodes(self) -> list[NodeId]:
+    def nodes(self) -> tuple[NodeId, ...]:
         """Its nodes, rank 0's first."""
-        return list(dict.fromkeys(member.node for member in self.members))
+        if self._nodes_of is not self.members:
+            self._nodes_of = self.members
+            self._nodes = tuple(dict.fromkeys(member.node for member in self.members))
+        return self._nodes
 
     @property
     def holds_devices(self) -> bool:
@@ -227,6 +233,8 @@ class Replica:
 class Deployment:
     record: DeploymentRecord
     replicas: dict[int, Replica] = field(default_factory=dict[int, Replica])
+    # It has the replicas it is to have, all of its spec; False: look again.
+    settled: bool = False
     queue: FairQueue = field(default_factory=FairQueue)
     removed: bool = False
 

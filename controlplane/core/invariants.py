@@ -83,6 +83,7 @@ def _check_replica(state: ClusterState, replica: Replica) -> None:
         assert replica.adopting or not replica.load.outstanding
     assert (replica.phase is ReplicaPhase.DRAINING) == (replica.drain is not None)
     assert not replica.load.unseen.keys() - replica.load.outstanding
+    replica.load.check()
     for name in replica.load.outstanding:
         permit = state.requests[name].permit
         assert permit is not None, f"{name} is outstanding and queued"

@@ -26,6 +26,20 @@ class Unseen:
 
 
 @dataclass(slots=True)
+class _Sum:
+    """Of what unseen assignments ask."""
+
+    sequences: int = 0
+    prefill_tokens: int = 0
+    blocks: int = 0
+
+    def add(self, unseen: Unseen, sign: int) -> None:
+        self.sequences += sign * unseen.sequences
+        self.prefill_tokens += sign * unseen.prefill_tokens
+        self.blocks += sign * unseen.blocks
+
+
+@dataclass(slots=True)
 class Load:
     """Outstanding work of one replica epoch."""
 
@@ -33,6 +47,8 @@ class Load:
     # Requests assigned to the epoch whose End did not come.
     outstanding: set[RequestId] = field(default_factory=set[RequestId])
     unseen: dict[RequestId, Unseen] = field(default_factory=dict[RequestId, Unseen])
+    # Kept beside `unseen`: a replica's load is asked for far more often than it changes.
+    _unseen_sum: _Sum = field(default_factory=_Sum)
     _digest: bytes = b""
     _cached: frozenset[int] = frozenset()
     _recent: OrderedDict[int, None] = field(default_factory=OrderedDict[int, None])
@@ -42,14 +58,16 @@ class Load:
         self.heartbeat = heartbeat
         for request, unseen in list(self.unseen.items()):
             if unseen.seq is not None and unseen.seq <= ack:
-                del self.unseen[request]
+                self._see(request)
         if heartbeat.prefix_digest != self._digest:
             self._digest = heartbeat.prefix_digest
             self._cached = frozenset(_hashes(heartbeat.prefix_digest))
 
     def assigned(self, request: RequestId, unseen: Unseen, prefix_hashes: Iterable[int]) -> None:
         self.outstanding.add(request)
+        self._see(request)
         self.unseen[request] = unseen
+        self._unseen_sum.add(unseen, 1)
         for prefix in prefix_hashes:
             self._recent[prefix] = None
             self._recent.move_to_end(prefix)
@@ -63,24 +81,37 @@ class Load:
 
     def ended(self, request: RequestId) -> None:
         self.outstanding.discard(request)
-        self.unseen.pop(request, None)
+        self._see(request)
+
+    def check(self) -> None:
+        """Assert that what is kept beside `unseen` agrees with it."""
+        total = _Sum()
+        for unseen in self.unseen.values():
+            total.add(unseen, 1)
+        assert total == self._unseen_sum, "unseen assignments are miscounted"
+
+    def _see(self, request: RequestId) -> None:
+        """Its assignment is counted no more, or by heartbeats."""
+        unseen = self.unseen.pop(request, None)
+        if unseen is not None:
+            self._unseen_sum.add(unseen, -1)
 
     @property
     def sequences(self) -> int:
         """Sequences it runs or will run."""
         seen = self.heartbeat.running + self.heartbeat.waiting if self.heartbeat else 0
-        return seen + sum(unseen.sequences for unseen in self.unseen.values())
+        return seen + self._unseen_sum.sequences
 
     @property
     def prefill_tokens(self) -> int:
         """Prompt tokens it must compute before a newcomer's first."""
         seen = self.heartbeat.waiting_tokens if self.heartbeat else 0
-        return seen + sum(unseen.prefill_tokens for unseen in self.unseen.values())
+        return seen + self._unseen_sum.prefill_tokens
 
     def free_blocks(self, capacity: Capacity) -> int:
         """KV blocks that are left once the unseen assignments have theirs; may be negative."""
         free = self.heartbeat.free_blocks if self.heartbeat else capacity.total_blocks
-        return free - sum(unseen.blocks for unseen in self.unseen.values())
+        return free - self._unseen_sum.blocks
 
     @property
     def step_s(self) -> float:

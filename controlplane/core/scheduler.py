@@ -8,6 +8,7 @@ all of it is seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import nsmallest
 from math import inf
 
 from controlplane.core import failures
@@ -172,8 +173,11 @@ def _take_batch(state: ClusterState, deployment: Deployment) -> list[Ticket]:
 def _candidates(state: ClusterState, ready: Sequence[Replica]) -> list[Replica]:
     """Replicas with room, the least loaded first and no more than one batch may consider."""
     with_room = [replica for replica in ready if _room(state, replica) > 0]
-    with_room.sort(key=lambda replica: replica.load.sequences / _capacity(replica).max_sequences)
-    return with_room[: state.limits.assignment_replicas_max]
+    return nsmallest(
+        state.limits.assignment_replicas_max,
+        with_room,
+        key=lambda replica: replica.load.sequences / _capacity(replica).max_sequences,
+    )
 
 
 def _assign_batch(

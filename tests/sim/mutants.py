@@ -136,7 +136,7 @@ def form_before_written(patch: pytest.MonkeyPatch) -> None:
 
 
 def credit_leak(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core.load.Load, "ended", lambda self, request: self.unseen.pop(request, None))
+    patch.setattr(core.load.Load, "ended", lambda self, request: self.outstanding.discard(request))
 
 
 def end_forgotten(patch: pytest.MonkeyPatch) -> None:

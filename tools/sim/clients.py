@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from controlplane.gateway.messages import Deliver, Failed, RequestAccepted
+from controlplane.gateway.messages import ChoiceSeen, Deliver, Failed, RequestAccepted, ShadowFound, StreamAdopted
 from controlplane.gateway.prefix import prefix_hashes
 from controlplane.runtime.ids import DeploymentId, RequestId
 from controlplane.runtime.messages.common import Sampling
-from controlplane.runtime.messages.serve import FinishReason
+from controlplane.runtime.messages.serve import FinishReason, Shadow
 from controlplane.runtime.packing import pack_u32
 from tools.sim.arithmetic import EOS, POISON, VOCABULARY, reference
 from tools.sim.engine import BLOCK_TOKENS
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 DEADLINE_S = 600.0
 DRAIN_S = (0.001, 0.2)
+RESUME_S = (0.01, 2.0)
+RESUME_AGAIN_S = 1.0
+RESUMES_MAX = 40
+TOKEN_BYTES = 4
 
 
 @dataclass(slots=True)
@@ -42,11 +46,14 @@ class Client:
     seeds: tuple[int, ...]
     priority: int
     poison: bool
+    # Goes on at another gateway when its own dies.
+    resumes: bool
     # Leaves after so many tokens; None: stays.
     leaves_after: int | None
     gateway: SimGateway
     choices: list[Choice] = field(default_factory=list[Choice])
-    # "finished", "left", "cut" (its gateway died), or the failure's name; "" while it is open.
+    # "finished", "left", "cut" (its gateway died), "lost" (nobody could go on with it), or the failure's name; "" while
+    # it is open.
     outcome: str = ""
     sent_at: float = 0.0
     ended_at: float = 0.0
@@ -109,6 +116,55 @@ class Client:
     def failed(self, failed: Failed) -> None:
         self.end(failed.failure.value)
 
+    # ------------------------------------------------------------ at another gateway
+
+    def cut_off(self, others: list[SimGateway]) -> None:
+        """Its gateway died: it goes on at another one, if it is of that kind."""
+        if all(choice.finished for choice in self.choices):
+            self.end("finished")
+        elif not self.resumes or not others:
+            self.end("cut")
+        else:
+            self.gateway = self.kernel.random.choice(others)
+            self.kernel.tell("client", "request_resumed", request=self.request, gateway=self.gateway.process.name)
+            delay = self.kernel.random.uniform(*RESUME_S)
+            self.gateway.process.later(delay, self._resume, self.gateway)
+
+    def _resume(self, gateway: SimGateway) -> None:
+        gateway.process.spawn(self._go_on(gateway))
+
+    async def _go_on(self, gateway: SimGateway) -> None:
+        for _ in range(RESUMES_MAX):
+            with gateway.requests.claim(self.request) as ours:
+                assert ours, "nobody else resumes it"
+                found: ShadowFound = await gateway.requests.seek(self.request)
+                gateway.requests.sought(self.request)
+                if found.shadow is not None:
+                    self._adopt(gateway, found, found.shadow)
+                    return
+            if found.certain:
+                self.end("lost")
+                return
+            await gateway.process.sleep(RESUME_AGAIN_S)
+        self.end("lost")
+
+    def _adopt(self, gateway: SimGateway, found: ShadowFound, shadow: Shadow) -> None:
+        held = [len(choice.delivered) // TOKEN_BYTES for choice in shadow.choices]
+        if any(choice.given > tokens for choice, tokens in zip(self.choices, held, strict=True)):
+            self.end("lost")
+            return
+        asked = RequestAccepted(
+            request=self.request,
+            deployment=DeploymentId("m"),
+            prompt=shadow.prompt,
+            sampling=shadow.sampling,
+            seeds=tuple(choice.seed for choice in shadow.choices),
+            priority=self.priority,
+            deadline=gateway.process.now() + DEADLINE_S,
+        )
+        seen = tuple(ChoiceSeen(choice.given, choice.finished) for choice in self.choices)
+        gateway.requests.adopt(StreamAdopted(asked, found.worker, found.node, shadow, seen), self)
+
     def _drained(self) -> None:
         if self.open:
             self.end("finished")
@@ -154,6 +210,7 @@ class Crowd:
             seeds=seeds,
             priority=random.choice((0, 0, 0, 1)),
             poison=poison,
+            resumes=random.random() < 0.7,
             leaves_after=random.randrange(1, 20) if random.random() < 0.08 else None,
             gateway=gateway,
         )
@@ -169,7 +226,7 @@ class Crowd:
     def open(self) -> list[Client]:
         return [client for client in self.clients.values() if client.open]
 
-    def gateway_died(self, gateway: SimGateway) -> None:
+    def gateway_died(self, gateway: SimGateway, others: list[SimGateway]) -> None:
         for client in self.open():
             if client.gateway is gateway:
-                client.end("cut")
+                client.cut_off(others)

@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from controlplane.gateway.leader_link import GatewayIdentity, Item, batched
-from controlplane.gateway.messages import WorkerKey
+from controlplane.gateway.messages import ResumeAsked, ShadowFound, WorkerKey
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.requests import Requests
 from controlplane.gateway.silence import Silence
@@ -18,7 +18,7 @@ from controlplane.gateway.state import GatewayState, JournalLimits
 from controlplane.gateway.step import step
 from controlplane.gateway.worker_stream import SILENT_STREAMS_MAX
 from controlplane.runtime.backoff import Backoff
-from controlplane.runtime.ids import NodeId, SessionId
+from controlplane.runtime.ids import NodeId, RequestId, SessionId
 from controlplane.runtime.messages.common import Head, Reason, ReasonKind
 from controlplane.runtime.messages.route import (
     EndEntry,
@@ -37,9 +37,22 @@ from controlplane.runtime.timing import Timings
 from tools.sim.electing import SimLeaderWatch
 from tools.sim.network import Network
 from tools.sim.probing import refused_twice
-from tools.sim.process import Process, Task
+from tools.sim.process import Future, Process, Task
 from tools.sim.streams import Reader, StreamEnded, dial
 from tools.sim.watching import Watcher
+
+
+class _Answer:
+    """Stands where the real one waits with a future of its loop."""
+
+    def __init__(self) -> None:
+        self.future = Future()
+
+    def done(self) -> bool:
+        return self.future.done
+
+    def set_result(self, found: ShadowFound) -> None:
+        self.future.set(found)
 
 
 class SimRequests(Requests):
@@ -59,6 +72,16 @@ class SimRequests(Requests):
         while self._events:
             self._one(self._events.popleft())
         self._stepping = False
+
+    def seek(self, request: RequestId) -> Future:
+        """As `find`: the ShadowFound of a claimed stream."""
+        answer = _Answer()
+        self._finding[request] = answer  # pyright: ignore[reportArgumentType]
+        self._post(ResumeAsked(request))
+        return answer.future
+
+    def sought(self, request: RequestId) -> None:
+        del self._finding[request]
 
     def _one(self, event: Any) -> None:
         def act() -> list[Any]:

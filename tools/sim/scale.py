@@ -70,7 +70,7 @@ WORST_GROWTH = 1.25
 
 @dataclass(slots=True)
 class Work:
-    """Time that the core took for events of one kind."""
+    """Processor time that the core took for events of one kind."""
 
     events: int = 0
     seconds: float = 0.0
@@ -122,9 +122,9 @@ class ScaleWorld:
 
     def step(self, event: Event) -> None:
         """One event, timed, and what the peers make of it, queued."""
-        begun = time.perf_counter()
+        begun = time.thread_time()
         effects = step(self.state, event, self.now)
-        seconds = time.perf_counter() - begun
+        seconds = time.thread_time() - begun
         body = getattr(event, "body", None)
         self.measured.work[type(body or event).__name__].add(seconds)
         self._seconds += seconds
@@ -248,7 +248,7 @@ class ScaleWorld:
             held = [(name, attempt) for placed in gateway.placed.values() for name, attempt in placed.items()]
             for start in range(0, len(held), BATCH):
                 entries = tuple(
-                    EndEntry(request=name, attempt=attempt, outcome=Outcome.FINISHED, tokens=1)
+                    EndEntry(request=name, attempt=Attempt(attempt), outcome=Outcome.FINISHED, tokens=1)
                     for name, attempt in held[start : start + BATCH]
                 )
                 self.step(GatewaySaid(gateway.connection, gateway.head(), EndBatch(entries=entries)))

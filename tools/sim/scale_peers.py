@@ -138,6 +138,7 @@ class Worker(_Peer):
                     epoch=body.epoch,
                     phase=_PHASES[type(body)],
                     ok=True,
+                    rendezvous=f"{self.name}:29500" if isinstance(body, PrepareGroup) else "",
                     capacity=CAPACITY if self._ready else None,
                 )
             case AbortGroup():

@@ -158,7 +158,7 @@ class World:
         self.network.killed(process, eof_after)
         self.kernel.tell(name, "killed")
         if (control_plane := self.control_planes.get(name)) is not None:
-            self.crowd.gateway_died(control_plane.gateway)
+            self.crowd.gateway_died(control_plane.gateway, self.gateways())
             self.safety.process_died(control_plane)
         for rank in self.house.of_daemon(process):
             self.kernel.after(RANKS_DIE_AFTER_S, rank.die)
