@@ -23,31 +23,36 @@ def assign(costs: Sequence[Sequence[float]], room: Sequence[int], congestion: Se
     """
     chosen: list[int | None] = [None] * len(costs)
     held: list[list[int]] = [[] for _ in room]
+    edges: list[_Edges] = [[None] * len(room) for _ in room]
     for request in range(len(costs)):
-        path = _cheapest_path(request, costs, room, congestion, held)
+        path = _cheapest_path(costs[request], request, room, congestion, held, edges)
         for mover, source, target in path:
             if source is not None:
                 held[source].remove(mover)
             held[target].append(mover)
             chosen[mover] = target
+        for changed in {target for _, _, target in path}:
+            edges[changed] = _cheapest_moves(changed, costs, held[changed], len(room))
     return chosen
 
 
 _Move = tuple[int, int | None, int]
+_Edges = list[tuple[float, int] | None]
+"""From one replica: for each target the cheapest request to move there and what that costs."""
 
 
 def _cheapest_path(
+    costs: Sequence[float],
     request: int,
-    costs: Sequence[Sequence[float]],
     room: Sequence[int],
     congestion: Sequence[float],
     held: Sequence[Sequence[int]],
+    edges: Sequence[_Edges],
 ) -> list[_Move]:
     """Moves (request, from, to) that let `request` in at least cost; empty if there is no way in."""
     count = len(room)
-    distance = list(costs[request])
+    distance = list(costs)
     moves: list[_Move] = [(request, None, target) for target in range(count)]
-    edges = [_cheapest_moves(source, costs, held[source], count) for source in range(count)]
     for _ in range(count - 1):
         if not _relax(distance, moves, edges):
             break
@@ -60,10 +65,7 @@ def _cheapest_path(
     return [] if best is None else _trace(best, moves)
 
 
-def _cheapest_moves(
-    source: int, costs: Sequence[Sequence[float]], held: Sequence[int], count: int
-) -> list[tuple[float, int] | None]:
-    """For each target the cheapest request to move there from `source`."""
+def _cheapest_moves(source: int, costs: Sequence[Sequence[float]], held: Sequence[int], count: int) -> _Edges:
     if not held:
         return [None] * count
     return [
@@ -72,7 +74,7 @@ def _cheapest_moves(
     ]
 
 
-def _relax(distance: list[float], moves: list[_Move], edges: Sequence[Sequence[tuple[float, int] | None]]) -> bool:
+def _relax(distance: list[float], moves: list[_Move], edges: Sequence[_Edges]) -> bool:
     """One Bellman-Ford round over all replicas. True if a distance fell."""
     fell = False
     for source, row in enumerate(edges):
