@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +31,10 @@ class KVCache:
         self.layers = tuple(layers)
         self.block_tokens = block_tokens
         self.keys = [
-            torch.zeros(total_blocks, block_tokens * layer.kv_heads * layer.key_dim, dtype=dtype, device=device)
-            for layer in layers
+            _zeros(total_blocks, block_tokens * layer.kv_heads * layer.key_dim, dtype, device) for layer in layers
         ]
         self.values = [
-            torch.zeros(total_blocks, block_tokens * layer.kv_heads * layer.value_dim, dtype=dtype, device=device)
-            for layer in layers
+            _zeros(total_blocks, block_tokens * layer.kv_heads * layer.value_dim, dtype, device) for layer in layers
         ]
 
     def write(self, index: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
@@ -56,6 +55,14 @@ class KVCache:
         """Zero these blocks: a value that is no number would reach whoever reads the block next, masked or not."""
         for cache in (*self.keys, *self.values):
             cache[list(blocks)] = 0
+
+
+def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu" or not rows:
+        return torch.zeros(rows, columns, dtype=dtype, device=device)
+    # torch writes its zeros, which takes all the memory at once; numpy asks the system for memory that reads as zero.
+    empty = np.zeros(rows * columns * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(empty).view(dtype).view(rows, columns)
 
 
 def block_bytes(layers: Sequence[AttentionLayer], block_tokens: int, dtype: torch.dtype) -> int:

@@ -25,6 +25,9 @@ PROBE_TOKENS_CPU = 64
 LOGIT_BYTES_MAX = 1 << 28
 """Bound on the float32 logits of a step that prompt log probabilities may ask for."""
 
+PACK_SHARE = 0.8
+"""Packing weights as a share of what is done here."""
+
 Report = Callable[[str, float], None]
 """(stage, its share done)."""
 
@@ -47,8 +50,8 @@ def set_up(
 
     Raises Rejected if the memory of some rank does not hold one block.
     """
-    runner = ModelRunner(model, device, spec.block_tokens, page, lambda share: report("pack", share))
-    report("measure", 0.0)
+    runner = ModelRunner(model, device, spec.block_tokens, page, lambda share: report("pack", PACK_SHARE * share))
+    report("measure", PACK_SHARE)
     meet(model.mesh.control)
     # Some stages have routers, some have not.
     runner.rows_min = max(all_gather_data(model.mesh.control, runner.rows_min))
