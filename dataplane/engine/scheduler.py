@@ -182,9 +182,12 @@ class BatchScheduler:
 
     def _plan_solo(self, draft: Draft) -> bool:
         """Give the whole step to the first sequence that must run alone; steps in flight must end before. False: there
-        is none, or it cannot run yet."""
-        solo = min((s for s in self._book.sequences.values() if s.is_solo), key=by_rank, default=None)
-        if solo is None or not (solo.id in self._book.running or self._admit(solo)):
+        is none, or it cannot run yet. One that waits is let in only before all others that wait: these would never get
+        its place or its blocks if such ones kept coming."""
+        book = self._book
+        solos = sorted((s for s in (*book.running.values(), *book.waiting[:1]) if s.is_solo), key=by_rank)
+        solo = next((s for s in solos if s.id in book.running or self._admit(s)), None)
+        if solo is None:
             return False
         if self._flights:
             return True
@@ -274,7 +277,8 @@ class BatchScheduler:
     def _shareable(self, sequence: Sequence) -> int:
         if not sequence.shares or sequence.wants_prompt_logprobs:
             return 0
-        return (sequence.length - 1) // self._limits.block_tokens
+        # Its chain knows nothing of tokens that are still being sampled.
+        return min((sequence.length - 1) // self._limits.block_tokens, len(sequence.chain))
 
     def _fits(self, sequence: Sequence, hits: list[int]) -> bool:
         """There is a place and blocks for all its tokens, beside what prompts under way still need and a block for

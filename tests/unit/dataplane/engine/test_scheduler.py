@@ -16,6 +16,8 @@ from tests.unit.dataplane.engine.simulation import VOCABULARY, Machine, continua
 
 # ---------------------------------------------------------------- properties
 
+TURNS_MAX, CROWD = 2000, 20
+
 tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30)
 # Few distinct tokens and prompts, so that prefixes are shared.
 prompts = st.one_of(tokens, st.integers(1, 30).map(lambda n: [7] * n), st.integers(1, 30).map(lambda n: list(range(n))))
@@ -86,6 +88,30 @@ def test_any_load_ends_with_each_sequence_whole(
         assert simulated.tokens[item.id] == expected
         stopped = bool(expected) and expected[-1] in item.sampling.stop_ids
         assert ended.reason is (FinishReason.STOP if stopped and ended.stop_id is not None else FinishReason.LENGTH)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    machine=machines,
+    depth=st.integers(1, 3),
+    victim=choices,
+    others=st.lists(choices, min_size=1, max_size=6),
+    budget=st.integers(1, 30),
+)
+def test_nobody_starves_however_many_keep_coming(
+    machine: dict, depth: int, victim: dict, others: list[dict], budget: int
+) -> None:
+    """With a crowd of the same priority waiting at all times, each sequence still ends in bounded time."""
+    simulated = Machine(limits(**machine), depth)
+    simulated.submit(request(0, **victim))
+    for turn in range(TURNS_MAX):
+        if SequenceId(0) in simulated.ends:
+            return
+        if simulated.scheduler.load().waiting < CROWD:
+            newcomer = {**others[turn % len(others)], "priority": victim["priority"]}
+            simulated.submit(request(turn + 1, **newcomer))
+        simulated.turn(budget)
+    raise AssertionError("starvation")
 
 
 @settings(max_examples=100, deadline=None)
