@@ -12,12 +12,20 @@ from typing import Any
 import grpc.aio
 
 from controlplane.coordinator import Coordinator
-from controlplane.core.messages import AdminAnswered, ApplyAsked, CancelAsked, DrainAsked, UndrainAsked
+from controlplane.core.messages import (
+    AdminAnswered,
+    ApplyAsked,
+    CancelAsked,
+    DrainAsked,
+    ScaleAsked,
+    UndrainAsked,
+    Wish,
+)
 from controlplane.core.views import failures_view, requests_view, status_view
 from controlplane.event_log import EventRecord
 from controlplane.runtime.codec import WireError, codec_of
 from controlplane.runtime.errors import Retryable
-from controlplane.runtime.ids import NodeId, RequestId
+from controlplane.runtime.ids import DeploymentId, NodeId, RequestId
 from controlplane.runtime.leader import LeaderWatch
 from controlplane.runtime.messages.common import ReasonKind
 from controlplane.runtime.records import DeploymentRecord
@@ -80,7 +88,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> Any:
         if self._coordinator.term is None:
             return await self._ask_leader("Drain", request, context)
-        await self._ask(DrainAsked(NodeId(request.node), request.deadline_ms), context)
+        await self._ask(DrainAsked(NodeId(request.node), request.deadline_ms, request.exit), context)
         return admin_pb2.DrainResponse(phase=self._node_phase(request.node))
 
     async def Undrain(self, request: admin_pb2.UndrainRequest, context: Context) -> Any:
@@ -106,7 +114,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         answer = await self._ask(ApplyAsked(record), context)
         return admin_pb2.ApplyResponse(created=answer.created)
 
-    async def _ask(self, body: DrainAsked | UndrainAsked | CancelAsked | ApplyAsked, context: Context) -> AdminAnswered:
+    async def Scale(self, request: admin_pb2.ScaleRequest, context: Context) -> Any:
+        if self._coordinator.term is None:
+            return await self._ask_leader("Scale", request, context)
+        await self._ask(ScaleAsked(DeploymentId(request.deployment), request.replicas), context)
+        return admin_pb2.ScaleResponse()
+
+    async def _ask(self, body: Wish, context: Context) -> AdminAnswered:
         try:
             answer = await self._coordinator.ask(body)
         except Retryable as error:

@@ -23,11 +23,9 @@ from controlplane.core.messages import (
     AdminAsked,
     ApplyAsked,
     AskId,
-    CancelAsked,
     CloseConnection,
     ConnectionId,
     DeletePlacement,
-    DrainAsked,
     Effect,
     Event,
     GatewayClosed,
@@ -44,7 +42,7 @@ from controlplane.core.messages import (
     StepDown,
     StoreLoaded,
     Tick,
-    UndrainAsked,
+    Wish,
     WorkerClosed,
     WorkerOpened,
     WriteDeployment,
@@ -165,7 +163,7 @@ class Coordinator:
         """A snapshot of the state made by `make(state, now)`; None while this process does not lead."""
         return make(self._state, self._clock.now()) if self._state is not None else None
 
-    async def ask(self, body: DrainAsked | UndrainAsked | CancelAsked | ApplyAsked) -> AdminAnswered:
+    async def ask(self, body: Wish) -> AdminAnswered:
         """Hand an operator's wish to the core and wait for its answer.
 
         Raises Retryable while this process does not lead or when it loses leadership first.

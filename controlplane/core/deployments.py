@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from controlplane.core.entities import Deployment, LeaderPhase, Node, NodePhase, Replica
 from controlplane.core.groups import note_epoch, place
-from controlplane.core.messages import AdminAnswered, ApplyAsked, AskId, WriteDeployment, WriteDone
+from controlplane.core.messages import AdminAnswered, ApplyAsked, AskId, ScaleAsked, WriteDeployment, WriteDone
 from controlplane.core.placement import FreeDevice, FreeNode, Wanted, plan
 from controlplane.core.recovery import bury, pardon, retire, settle_drains, start_drain
 from controlplane.core.scheduler import drop_queue
@@ -40,6 +41,15 @@ def apply(state: ClusterState, ask: AskId, asked: ApplyAsked) -> None:
     write = state.mint_write()
     state.applying[write] = (ask, asked.record)
     state.emit(WriteDeployment(write, asked.record))
+
+
+def scale(state: ClusterState, ask: AskId, asked: ScaleAsked) -> None:
+    """An operator's number of replicas, for a deployment as it is otherwise."""
+    known = state.deployments.get(asked.deployment)
+    if known is None or known.removed:
+        state.emit(AdminAnswered(ask, Reason(kind=ReasonKind.UNKNOWN_ID, text=f"no deployment {asked.deployment}")))
+        return
+    apply(state, ask, ApplyAsked(replace(known.record, replicas=asked.replicas)))
 
 
 def applied(state: ClusterState, done: WriteDone) -> None:
@@ -160,7 +170,10 @@ def _settle(state: ClusterState, deployment: Deployment) -> None:
     deployment.settled = True
     _add_missing(state, deployment)
     _retire_surplus(state, deployment)
-    if _roll(state, deployment) or any(replica.retiring for replica in deployment.replicas.values()):
+    leaving = any(
+        replica.retiring or replica.phase is ReplicaPhase.DRAINING for replica in deployment.replicas.values()
+    )
+    if _roll(state, deployment) or leaving or len(deployment.replicas) > deployment.record.replicas:
         deployment.settled = False
     if deployment.removed and not deployment.replicas:
         del state.deployments[deployment.record.deployment]
@@ -175,8 +188,40 @@ def may_place(state: ClusterState) -> bool:
     return state.phase is LeaderPhase.LEADING
 
 
-def _add_missing(state: ClusterState, deployment: Deployment) -> None:
+def _target(state: ClusterState, deployment: Deployment) -> int:
+    """Replicas that there are to be now: as many as desired, and one more while one of them leaves in order or is to be
+    replaced, if that has a place; it goes once all the others serve. So that a planned change takes nobody's last
+    replica before another serves."""
     wanted = 0 if deployment.removed else deployment.record.replicas
+    own = [deployment.replicas.get(index) for index in range(wanted)]
+    if all(replica is not None and _is_settled(deployment, replica) for replica in own):
+        return wanted
+    extra = deployment.replicas.get(wanted)
+    if extra is not None and not extra.retiring:
+        return wanted + 1
+    placed = [replica for replica in own if replica is not None and replica.holds_devices]
+    leaving = any(_leaves(deployment, replica) for replica in placed) and len(placed) == wanted
+    return wanted + (leaving and extra is None and may_place(state) and _fits(state, deployment))
+
+
+def _is_settled(deployment: Deployment, replica: Replica) -> bool:
+    return replica.phase is ReplicaPhase.READY and replica.spec == deployment.record.spec
+
+
+def _leaves(deployment: Deployment, replica: Replica) -> bool:
+    outdated = replica.phase is ReplicaPhase.READY and replica.spec != deployment.record.spec
+    return outdated or (replica.phase is ReplicaPhase.DRAINING and not replica.retiring)
+
+
+def _fits(state: ClusterState, deployment: Deployment) -> bool:
+    """One more replica would have a place."""
+    name, degrees = deployment.record.deployment, deployment.record.spec.degrees
+    more = Wanted(replica=ReplicaId(name), deployment=name, degrees=degrees)
+    return bool(plan([more], _free_nodes(state), _siblings(state))[more.replica].members)
+
+
+def _add_missing(state: ClusterState, deployment: Deployment) -> None:
+    wanted = _target(state, deployment)
     for index in range(wanted):
         if index not in deployment.replicas:
             name = ReplicaId(f"{deployment.record.deployment}-{index}")
@@ -193,11 +238,12 @@ def _add_missing(state: ClusterState, deployment: Deployment) -> None:
 
 
 def _retire_surplus(state: ClusterState, deployment: Deployment) -> None:
-    wanted = 0 if deployment.removed else deployment.record.replicas
+    wanted = _target(state, deployment)
     for index in sorted(deployment.replicas, reverse=True):
         replica = deployment.replicas[index]
         if index >= wanted or deployment.removed:
-            text = f"{deployment.record.deployment} is to have {wanted} replicas"
+            desired = 0 if deployment.removed else deployment.record.replicas
+            text = f"{deployment.record.deployment} is to have {desired} replicas"
             retire(state, replica, Reason(kind=ReasonKind.ADMIN, text=text))
         if replica.retiring and not replica.holds_devices:
             bury(state, deployment, replica)
@@ -217,10 +263,19 @@ def _roll(state: ClusterState, deployment: Deployment) -> bool:
     for replica in idle:
         if not replica.adopting:
             start_drain(state, replica, reason, left_s=0.0)
-    steady = all(replica.phase is ReplicaPhase.READY for replica in deployment.replicas.values())
+    steady = all(
+        replica.phase is ReplicaPhase.READY or _is_hopeless_extra(state, deployment, replica)
+        for replica in deployment.replicas.values()
+    )
     if steady:
         start_drain(state, min(outdated, key=lambda replica: replica.index), reason, left_s=0.0)
     return True
+
+
+def _is_hopeless_extra(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
+    """Nobody need wait for it: it is one more than desired, and there is no place for it."""
+    extra = replica.index >= deployment.record.replicas
+    return extra and replica.phase is ReplicaPhase.HELD and not _fits(state, deployment)
 
 
 def _place_homeless(state: ClusterState) -> None:

@@ -20,7 +20,7 @@ def drain_asked(state: ClusterState, ask: AskId, asked: DrainAsked) -> None:
     left_s = asked.deadline_ms / 1000 or state.timings.drain
     reason = Reason(kind=ReasonKind.DRAINING, text="an operator drains the node", node=node.node)
     if node.drain is None:
-        state.send_worker(node, DrainNode(deadline_ms=round(left_s * 1000), reason=reason))
+        state.send_worker(node, DrainNode(deadline_ms=round(left_s * 1000), reason=reason, exit=asked.exit))
         drain(state, node, Drain(reason, left_s))
     state.emit(AdminAnswered(ask, None))
 

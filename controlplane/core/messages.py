@@ -136,6 +136,8 @@ class DrainAsked:
     node: NodeId
     # 0: the default.
     deadline_ms: int
+    # Exit once drained.
+    exit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +156,20 @@ class ApplyAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleAsked:
+    deployment: DeploymentId
+    replicas: int
+
+
+Wish = DrainAsked | UndrainAsked | CancelAsked | ApplyAsked | ScaleAsked
+
+
+@dataclass(frozen=True, slots=True)
 class AdminAsked:
     """Answered by exactly one AdminAnswered of the same id."""
 
     ask: AskId
-    body: DrainAsked | UndrainAsked | CancelAsked | ApplyAsked
+    body: Wish
 
 
 @dataclass(frozen=True, slots=True)

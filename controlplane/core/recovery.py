@@ -108,6 +108,8 @@ def start_drain(state: ClusterState, replica: Replica, reason: Reason, left_s: f
     replica.phase = ReplicaPhase.DRAINING
     replica.reason = reason
     replica.drain = Drain(reason, left_s, window_s=left_s, requests=len(replica.load.outstanding))
+    if (deployment := state.deployments.get(replica.deployment)) is not None:
+        deployment.settled = False
     state.record("replica_draining", replica=replica, reason=reason)
     state.row_changed(replica)
     state.replan = True

@@ -27,6 +27,7 @@ from controlplane.core.messages import (
     PeersChanged,
     ProbeDone,
     RevokeDone,
+    ScaleAsked,
     StoreLoaded,
     Tick,
     UndrainAsked,
@@ -208,6 +209,8 @@ def _admin_asked(state: ClusterState, event: AdminAsked) -> None:
             drains.undrain_asked(state, event.ask, event.body)
         case CancelAsked():
             gateways.cancel_asked(state, event.ask, event.body)
+        case ScaleAsked():
+            deployments.scale(state, event.ask, event.body)
         case ApplyAsked():
             deployments.apply(state, event.ask, event.body)
         case _:

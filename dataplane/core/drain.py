@@ -6,7 +6,7 @@ from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.serve import WorkerDraining
 from controlplane.runtime.messages.session import Drained, Leaving
 from dataplane.core.cursors import send
-from dataplane.core.messages import Depart, Recorded, StopAsked
+from dataplane.core.messages import Depart, Recorded
 from dataplane.core.shadows import lose, stop_sequences
 from dataplane.core.state import Turn
 from dataplane.core.terms import tell
@@ -35,15 +35,15 @@ def undo(turn: Turn) -> None:
         turn.emit(Recorded("drain_undone"))
 
 
-def leave(turn: Turn, event: StopAsked) -> None:
-    """Drain, then go."""
+def leave(turn: Turn, reason: Reason, deadline_ms: int = 0) -> None:
+    """Drain, then go. `deadline_ms` 0: the default."""
     state = turn.state
     if state.leaving is not None:
         return
-    state.leaving = event.reason
-    deadline_ms = round(state.timings.drain * 1000)
-    tell(turn, Leaving(deadline_ms=deadline_ms, reason=event.reason))
-    begin(turn, deadline_ms, event.reason)
+    state.leaving = reason
+    deadline_ms = deadline_ms or round(state.timings.drain * 1000)
+    tell(turn, Leaving(deadline_ms=deadline_ms, reason=reason))
+    begin(turn, deadline_ms, reason)
 
 
 def tell_again(turn: Turn) -> None:

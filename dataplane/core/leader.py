@@ -103,7 +103,10 @@ def _obey(turn: Turn, body: object) -> None:
         case ReleaseReplica():
             groups.release(turn, body)
         case DrainNode():
-            drain.begin(turn, body.deadline_ms, body.reason)
+            if body.exit:
+                drain.leave(turn, body.reason, body.deadline_ms)
+            else:
+                drain.begin(turn, body.deadline_ms, body.reason)
         case UndrainNode():
             drain.undo(turn)
         case Relet():

@@ -84,7 +84,7 @@ def _dispatch_rare(turn: Turn, event: Event) -> None:
         case TermSeen():
             see_term(turn, event.term, event.address)
         case StopAsked():
-            drain.leave(turn, event)
+            drain.leave(turn, event.reason)
         case _:
             raise AssertionError(f"unknown event {event}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from controlplane.runtime.messages.serve import Choice, OpenCode, OpenRefused, O
 from controlplane.runtime.packing import pack_u32
 from controlplane.runtime.wire import SERVE_DOWN, SERVE_UP
 from protos.perdure.v1 import serve_pb2_grpc
-from tests.support.cluster import Cluster, Daemon, eventually
+from tests.support.cluster import ROOT, Cluster, Daemon, eventually
 from tests.support.streams import Stream, Wave, assert_identical, start_wave
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="session")]
@@ -163,6 +164,36 @@ async def test_a_worker_is_drained_by_sigterm(cluster: Cluster, undisturbed: lis
     await eventually("the drained worker exits", lambda: victim.process.poll() is not None)  # type: ignore[union-attr]
     assert victim.process.returncode == 0
     await heal(cluster, victim)
+
+
+async def test_all_workers_are_restarted_one_after_the_other(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    async def keep_running() -> None:
+        while True:
+            for worker in cluster.workers.values():
+                if not worker.running:
+                    worker.start()
+            await asyncio.sleep(0.05)
+
+    before = {worker.pid for worker in cluster.workers.values()}
+    supervisor = asyncio.create_task(keep_running())
+    running = wave(cluster)
+    await running.reach(10)
+    restart = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tools.cli", "ctl", "rollout", "restart", "--deadline", "2"),
+        *("--timeout", "90", "--address", cluster.address()),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        output, _ = await restart.communicate()
+    finally:
+        supervisor.cancel()
+    assert restart.returncode == 0, output.decode()
+    streams = await running.finish()
+    report("rolling restart", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    assert not before & {worker.pid for worker in cluster.workers.values()}
 
 
 async def test_a_worker_is_stopped_and_continues_as_a_zombie(cluster: Cluster, undisturbed: list[Stream]) -> None:

@@ -18,6 +18,7 @@ from controlplane.runtime.records import DeploymentRecord
 from protos.perdure.v1 import admin_pb2
 from tools.ctl import tables, views
 from tools.ctl.client import CALL_TIMEOUT_S, CtlError, admin, find_addresses
+from tools.ctl.rollout import restart
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -127,6 +128,40 @@ def apply(
             response = stub.Apply(admin_pb2.ApplyRequest(deployment=spec), timeout=CALL_TIMEOUT_S)
     row = {"deployment": deployment.deployment, "created": response.created}
     _print(row, json, lambda row: f"{row['deployment']}: {'created' if row['created'] else 'changed'}")
+
+
+@app.command()
+def scale(
+    deployment: str,
+    replicas: Annotated[int, typer.Argument(min=0)],
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Have so many replicas of a deployment; those that go are drained."""
+    request = admin_pb2.ScaleRequest(deployment=deployment, replicas=replicas)
+    with _one_line_errors(), admin(find_addresses(address)) as stub:
+        stub.Scale(request, timeout=CALL_TIMEOUT_S)
+    row = {"deployment": deployment, "replicas": replicas}
+    _print(row, json, lambda row: f"{row['deployment']}: {row['replicas']} replicas wanted")
+
+
+rollout = typer.Typer(no_args_is_help=True, help="Restart parts of the cluster, one after the other, under load.")
+app.add_typer(rollout, name="rollout")
+
+
+@rollout.command("restart")
+def rollout_restart(
+    node: Annotated[list[str] | None, typer.Option(help="Only this node (may be repeated).")] = None,
+    deadline: Annotated[float, typer.Option(min=0, help="Seconds after which running streams move; 0: default.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for a node to be back.")] = 600,
+    address: Address = None,
+) -> None:
+    """Drain each worker daemon, have it exit, and wait until it is back and serves, before the next one.
+
+    Something must start a daemon again that exits: `perdure up`, systemd, Kubernetes do.
+    """
+    with _one_line_errors():
+        restart(find_addresses(address), node or [], deadline, timeout, lambda line: typer.echo(line))
 
 
 @contextmanager

@@ -294,6 +294,8 @@ class ReleaseReplica:
 class DrainNode:
     deadline_ms: int
     reason: Reason
+    # Exit once drained.
+    exit: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

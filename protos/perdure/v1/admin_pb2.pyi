@@ -266,12 +266,14 @@ class EventsResponse(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., wall_ms: _Optional[int] = ..., name: _Optional[str] = ..., node: _Optional[str] = ..., replica: _Optional[str] = ..., epoch: _Optional[int] = ..., request: _Optional[str] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ..., details: _Optional[_Mapping[str, str]] = ..., term: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("node", "deadline_ms")
+    __slots__ = ("node", "deadline_ms", "exit")
     NODE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    EXIT_FIELD_NUMBER: _ClassVar[int]
     node: str
     deadline_ms: int
-    def __init__(self, node: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    exit: bool
+    def __init__(self, node: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., exit: _Optional[bool] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
     __slots__ = ("phase",)
@@ -376,3 +378,15 @@ class ListFailuresResponse(_message.Message):
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     failures: _containers.RepeatedCompositeFieldContainer[FailureStatus]
     def __init__(self, failures: _Optional[_Iterable[_Union[FailureStatus, _Mapping]]] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("deployment", "replicas")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    replicas: int
+    def __init__(self, deployment: _Optional[str] = ..., replicas: _Optional[int] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

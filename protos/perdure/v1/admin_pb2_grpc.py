@@ -74,6 +74,11 @@ class AdminStub:
                 request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ApplyRequest.SerializeToString,
                 response_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ApplyResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/perdure.v1.Admin/Scale',
+                request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -128,6 +133,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """NOT_FOUND without such a deployment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -170,6 +182,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Apply,
                     request_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ApplyRequest.FromString,
                     response_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ApplyResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -388,6 +405,33 @@ class Admin:
             '/perdure.v1.Admin/Apply',
             protos_dot_perdure_dot_v1_dot_admin__pb2.ApplyRequest.SerializeToString,
             protos_dot_perdure_dot_v1_dot_admin__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.Admin/Scale',
+            protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+            protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -418,12 +418,14 @@ class ReleaseReplica(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ...) -> None: ...
 
 class DrainNode(_message.Message):
-    __slots__ = ("deadline_ms", "reason")
+    __slots__ = ("deadline_ms", "reason", "exit")
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    EXIT_FIELD_NUMBER: _ClassVar[int]
     deadline_ms: int
     reason: _common_pb2.Reason
-    def __init__(self, deadline_ms: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ...) -> None: ...
+    exit: bool
+    def __init__(self, deadline_ms: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ..., exit: _Optional[bool] = ...) -> None: ...
 
 class UndrainNode(_message.Message):
     __slots__ = ()

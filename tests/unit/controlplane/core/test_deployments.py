@@ -13,8 +13,11 @@ from controlplane.core.messages import (
     AskId,
     DeletePlacement,
     DeploymentChanged,
+    DrainAsked,
     Effect,
     LeaseMuted,
+    ScaleAsked,
+    UndrainAsked,
     WriteDeployment,
     WritePlacement,
 )
@@ -179,3 +182,50 @@ def test_a_restored_store_is_told_what_it_forgot() -> None:
     cluster.settle()
     assert cluster.placements[ReplicaId("m-0")] == record
     assert phases(cluster) == {"m-0": ReplicaPhase.READY}
+
+
+def test_a_new_spec_is_served_by_one_more_before_the_old_one_goes() -> None:
+    cluster = started(1)
+    apply(cluster, deployment(path="/models/new"))
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY, "m-1": ReplicaPhase.PREPARING}
+    while cluster.state.replicas[ReplicaId("m-1")].phase is not ReplicaPhase.READY:
+        assert phases(cluster)["m-0"] is ReplicaPhase.READY, "somebody serves all along"
+        cluster.answer_next(next(iter(cluster.workers.values())))
+        while cluster.writes:
+            cluster.write_next()
+    cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY}
+    assert cluster.state.replicas[ReplicaId("m-0")].spec == deployment(path="/models/new").spec
+
+
+def test_a_drained_nodes_replica_has_a_stand_in_until_it_serves_again() -> None:
+    cluster = started(1, devices=1)
+    other = cluster.add_worker("w2")
+    cluster.register(other)
+    cluster.attach(other)
+    gateway = cluster.add_gateway("g1")
+    cluster.tell(gateway, RouteBatch(entries=(entry("r1"),)))
+    node = cluster.state.replicas[ReplicaId("m-0")].nodes[0]
+    cluster.step(AdminAsked(AskId(1), DrainAsked(node, deadline_ms=60_000)))
+    cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.DRAINING, "m-1": ReplicaPhase.READY}
+    cluster.step(AdminAsked(AskId(2), UndrainAsked(node)))
+    cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY}
+
+
+def test_scaling_changes_nothing_but_the_number() -> None:
+    cluster = started(1)
+    effects = cluster.step(AdminAsked(AskId(1), ScaleAsked(M, 2)))
+    while cluster.writes:
+        effects += cluster.write_next()
+    assert answer_of(effects).error is None
+    cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY, "m-1": ReplicaPhase.READY}
+    assert cluster.state.deployments[M].record == deployment(replicas=2)
+
+
+def test_scaling_what_is_not_there_is_refused() -> None:
+    answer = answer_of(started().step(AdminAsked(AskId(1), ScaleAsked(DeploymentId("x"), 2))))
+    assert answer.error is not None
+    assert answer.error.kind is ReasonKind.UNKNOWN_ID
