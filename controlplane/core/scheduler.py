@@ -211,12 +211,15 @@ def _costs(
     """Predicted seconds on each replica; inf where it may not run."""
     entry = request.entry
     excluded = set(entry.exclude)
-    if all(_name(replica) in excluded for replica in ready) and _waited_out(state, request):
+    if excluded and all(_name(replica) in excluded for replica in ready) and _waited_out(state, request):
         excluded.clear()
+
+    def may_run(replica: Replica) -> bool:
+        barred = excluded and _name(replica) in excluded
+        return not barred and fits(entry, _capacity(replica)) and _takes(state, replica, entry)
+
     return [
-        predicted_s(entry, replica.load, _capacity(replica), step_s)
-        if _name(replica) not in excluded and fits(entry, _capacity(replica)) and _takes(state, replica, entry)
-        else inf
+        predicted_s(entry, replica.load, _capacity(replica), step_s) if may_run(replica) else inf
         for replica, step_s in zip(replicas, steps_s, strict=True)
     ]
 

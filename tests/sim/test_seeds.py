@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from tools.sim.faults import Fault
 from tools.sim.run import Outcome, run_seed
 from tools.sim.world import Shape
 
@@ -38,6 +39,15 @@ def test_without_faults_every_request_finishes() -> None:
     expect_well(outcome)
     assert outcome.requests > 10
     assert set(outcome.outcomes) <= {"finished", "left"}
+
+
+def test_streams_outlive_their_gateways() -> None:
+    """Only control planes die, one after the other: who goes on elsewhere loses nothing."""
+    faults = [Fault(8.0 + 2.5 * turn, "kill", f"cp{1 + turn % 3}", lasts=1.5) for turn in range(6)]
+    outcome = run_seed(7, faults, Shape())
+    expect_well(outcome)
+    assert any("request_resumed" in line for line in outcome.story)
+    assert set(outcome.outcomes) <= {"finished", "left", "cut"}
 
 
 def test_a_seed_replays_to_the_byte() -> None:

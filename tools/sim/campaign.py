@@ -20,6 +20,8 @@ class Tally:
     requests: int = 0
     virtual_s: float = 0.0
     wall_s: float = 0.0
+    # Of all processes together.
+    cpu_s: float = 0.0
     healed_s_max: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter[str])
     failed: list[Outcome] = field(default_factory=list[Outcome])
@@ -29,18 +31,19 @@ class Tally:
         self.faults += outcome.struck
         self.requests += outcome.requests
         self.virtual_s += outcome.virtual_s
+        self.cpu_s += outcome.cpu_s
         self.outcomes += outcome.outcomes
         self.healed_s_max = max(self.healed_s_max, outcome.healed_s)
         if not outcome.ok:
             self.failed.append(outcome)
 
     def __str__(self) -> str:
-        a_minute = self.seeds / self.wall_s * 60 if self.wall_s else 0.0
+        a_minute = self.seeds / self.cpu_s * 60 if self.cpu_s else 0.0
         ends = ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common())
         return (
-            f"{self.seeds} seeds in {self.wall_s:.1f} s ({a_minute:.0f} a minute), {self.virtual_s / 3600:.2f} virtual "
-            f"hours, {self.faults} faults, {self.requests} requests ({ends}), healthy again within "
-            f"{self.healed_s_max:.1f} s; {len(self.failed)} failed"
+            f"{self.seeds} seeds in {self.wall_s:.1f} s ({a_minute:.0f} a minute of one core), "
+            f"{self.virtual_s / 3600:.2f} virtual hours, {self.faults} faults, {self.requests} requests ({ends}), "
+            f"healthy again within {self.healed_s_max:.1f} s; {len(self.failed)} failed"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,8 @@ class Client:
     # Leaves after so many tokens; None: stays.
     leaves_after: int | None
     gateway: SimGateway
+    # Running workers that hold the request, by the truth.
+    holders: Callable[[RequestId], list[str]]
     choices: list[Choice] = field(default_factory=list[Choice])
     # "finished", "left", "cut" (its gateway died), "lost" (nobody could go on with it), or the failure's name; "" while
     # it is open.
@@ -143,6 +146,8 @@ class Client:
                     self._adopt(gateway, found, found.shadow)
                     return
             if found.certain:
+                holders = self.holders(self.request)
+                assert not holders, f"{self.request} is held by {holders} and denied"
                 self.end("lost")
                 return
             await gateway.process.sleep(RESUME_AGAIN_S)
@@ -184,8 +189,9 @@ class Client:
 class Crowd:
     """Makes clients and remembers them."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, holders: Callable[[RequestId], list[str]]) -> None:
         self.kernel = kernel
+        self.holders = holders
         self.clients: dict[RequestId, Client] = {}
         self.outcomes: Counter[str] = Counter()
         self._beginnings = [self._tokens(12) for _ in range(4)]
@@ -213,6 +219,7 @@ class Crowd:
             resumes=random.random() < 0.7,
             leaves_after=random.randrange(1, 20) if random.random() < 0.08 else None,
             gateway=gateway,
+            holders=self.holders,
         )
         client.choices = [
             Choice(reference(client.prompt, seed, sampling.max_tokens, ignore_eos=sampling.ignore_eos))

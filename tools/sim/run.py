@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
+from controlplane.core.entities import NodePhase
 from controlplane.core.messages import ApplyAsked, UndrainAsked
 from controlplane.runtime.ids import NodeId
 from controlplane.runtime.messages.common import ReplicaPhase
@@ -42,6 +44,8 @@ class Outcome:
     # From healing until all was well.
     healed_s: float = 0.0
     steps: int = 0
+    # Processor time.
+    cpu_s: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -78,6 +82,7 @@ def run_seed(seed: int, faults: list[Fault] | None = None, shape: Shape | None =
     shape = shape or shape_of(seed)
     faults = schedule_of(seed, shape) if faults is None else faults
     outcome = Outcome(seed, shape, faults)
+    begun = time.thread_time()
     with quiet():
         world = World(seed, shape)
         run = Run(world, faults)
@@ -90,7 +95,7 @@ def run_seed(seed: int, faults: list[Fault] | None = None, shape: Shape | None =
     outcome.story, outcome.digest = list(world.story.lines), world.story.digest
     outcome.requests = len(world.crowd.clients)
     outcome.outcomes = Counter(client.outcome for client in world.crowd.clients.values())
-    outcome.struck = run.striker.struck
+    outcome.struck, outcome.cpu_s = run.striker.struck, time.thread_time() - begun
     outcome.virtual_s, outcome.steps, outcome.healed_s = world.kernel.now, world.kernel.steps, run.healed_s
     return outcome
 
@@ -129,15 +134,25 @@ class Run:
 
     def _expect_health(self, deadline: float) -> None:
         kernel, begun = self.world.kernel, self.world.kernel.now
-        asked = 0.0
         while (ailment := self._ailment()) is not None:
             assert kernel.now < deadline, f"not healthy {HEALED_WITHIN_S:g} s after healing: {ailment}"
-            if kernel.now - begun >= asked:
+            if self._needs_operator():
                 self._operate()
-                asked += HEALED_WITHIN_S / 6
             kernel.run_until(kernel.now + LOOK_S)
         self.healed_s = kernel.now - begun
         kernel.tell("world", "healthy", after=f"{self.healed_s:.1f}")
+
+    def _needs_operator(self) -> bool:
+        """Somebody waits for a person by design: a spent budget, a drained node, a daemon that was asked to go, a wish
+        that no leader heard."""
+        world, leader = self.world, self.world.leader()
+        if leader is None or leader.state is None:
+            return False
+        state = leader.state
+        degraded = any(replica.phase is ReplicaPhase.DEGRADED for replica in state.replicas.values())
+        drained = any(node.phase in (NodePhase.DRAINING, NodePhase.LEFT) for node in state.nodes.values())
+        unheard = all(one.record != world.wanted for one in state.deployments.values())
+        return degraded or drained or unheard or any(world.process(name) is None for name in world.workers)
 
     def _operate(self) -> None:
         """What an operator does after a bad night: take drained nodes back, and ask again for what is wanted."""

@@ -10,6 +10,7 @@ from tools.sim.run import Outcome, run_seed
 from tools.sim.world import Shape
 
 RUNS_MAX = 120
+WORDS_COMPARED = 5
 
 
 def alike(one: str, other: str) -> bool:
@@ -18,8 +19,8 @@ def alike(one: str, other: str) -> bool:
 
 
 def _kind(error: str) -> str:
-    words = "".join(" " if letter.isdigit() else letter for letter in error).split()
-    return " ".join(words[:4])
+    words = [word for word in error.split() if not any(letter.isdigit() for letter in word)]
+    return " ".join(words[:WORDS_COMPARED])
 
 
 def shrink(failed: Outcome, tell: Callable[[str], None]) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from controlplane.core.messages import ApplyAsked, CancelAsked, DrainAsked, UndrainAsked
 from controlplane.core.state import Limits
 from controlplane.gateway.leader_link import GatewayIdentity
-from controlplane.runtime.ids import ClusterId, DeploymentId, GatewayId, Incarnation, NodeId
+from controlplane.runtime.ids import ClusterId, DeploymentId, GatewayId, Incarnation, NodeId, RequestId
 from controlplane.runtime.keys import Keys
 from controlplane.runtime.messages.common import Device, ParallelDegrees, ReplicaSpec
 from controlplane.runtime.records import DeploymentRecord, PeerRecord
@@ -100,7 +100,7 @@ class World:
         self.network = Network(self.kernel)
         self.etcd = Etcd(self.kernel)
         self.house = RankHouse(self.kernel)
-        self.crowd = Crowd(self.kernel)
+        self.crowd = Crowd(self.kernel, self.holders)
         self.safety = Safety(self, KEYS)
         self.etcd.on_txn = self.safety.txn
         self.wanted = shape.deployment()
@@ -196,6 +196,11 @@ class World:
 
     def gateways(self) -> list[SimGateway]:
         return [one.gateway for one in self.control_planes.values() if one.process.alive]
+
+    def holders(self, request: RequestId) -> list[str]:
+        """Running workers that hold the request's shadow."""
+        running = [worker for worker in self.workers.values() if worker.process.runs]
+        return [worker.name for worker in running if request in worker.state.requests]
 
     def hosts(self) -> list[str]:
         return [*self.control_planes, *self.workers]
