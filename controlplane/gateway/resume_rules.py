@@ -49,12 +49,24 @@ def on_resume_asked(state: GatewayState, asked: ResumeAsked, now: float) -> list
             text = "the stream is being moved to another replica"
             return [_missing(request, Reason(kind=ReasonKind.NO_CAPACITY, text=text), certain=False)]
         effects += _let_go(state, own)
-    search = Search(request, deadline=now + state.timings.session_silence, waiting=set(state.workers))
+    search = Search(
+        request,
+        deadline=now + state.timings.session_silence,
+        waiting=set(state.workers),
+        informed=state.leader_up and _knows_all(state),
+    )
     state.searches[request] = search
     for key, worker in state.workers.items():
         if worker.phase == WorkerPhase.UP:
             effects.append(SendWorker(key, ResumeRequest(request=request)))
     return effects
+
+
+def _knows_all(state: GatewayState) -> bool:
+    """There is a stream to every worker of the table, also to those whose replicas do not serve at present: a new
+    leader first waits for them to report."""
+    told = {WorkerKey(row.serve_address) for row in state.rows.values() if row.serve_address}
+    return bool(told) and told <= state.workers.keys()
 
 
 def _is_at_worker(state: GatewayState, journal: Journal) -> bool:
@@ -145,12 +157,14 @@ def conclude(state: GatewayState, search: Search) -> list[Effect]:
 def _not_found(state: GatewayState, search: Search) -> ShadowFound:
     if not state.workers:
         text = "this gateway knows no worker yet"
+    elif not search.informed:
+        text = "no worker that this gateway knows of holds it, and others may be there"
     elif search.silent:
         text = f"no worker that answers holds it; {', '.join(sorted(search.silent))} did not answer"
     else:
         text = "no worker holds it: it was ended, its time to be resumed is over, or its worker died with its gateway"
     reason = Reason(kind=ReasonKind.UNKNOWN_ID, text=text)
-    return _missing(search.request, reason, certain=bool(state.workers) and not search.silent)
+    return _missing(search.request, reason, certain=search.informed and bool(state.workers) and not search.silent)
 
 
 def _missing(request: serve.RequestId, reason: Reason, *, certain: bool) -> ShadowFound:

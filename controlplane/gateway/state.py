@@ -56,6 +56,8 @@ class Search:
     deadline: float
     # Workers that have not answered.
     waiting: set[WorkerKey]
+    # All workers of a live leader's table are among them: else others may hold it.
+    informed: bool
     # What they answered, as far as it came.
     parts: dict[WorkerKey, Shadow] = field(default_factory=dict[WorkerKey, Shadow])
     # Those that did not answer in time.

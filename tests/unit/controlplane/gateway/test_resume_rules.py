@@ -124,6 +124,13 @@ class TestSearch:
         assert answer.shadow is None
         assert answer.certain
 
+    def test_without_a_leader_others_may_hold_it(self):
+        """A gateway that just woke up may have missed that workers came."""
+        core = gateway()
+        core.do(LeaderLost(), ResumeAsked(R), said(MISSING, W1))
+        (answer,) = found(core.do(said(MISSING, W2)))
+        assert (answer.shadow, answer.certain) == (None, False)
+
     def test_a_worker_that_does_not_answer_leaves_it_uncertain(self):
         core = gateway()
         core.do(ResumeAsked(R), said(MISSING, W1))
