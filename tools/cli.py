@@ -29,6 +29,7 @@ COMMANDS = {
     "controlplane": Command("controlplane.__main__", "controlplane_command", "Run one control-plane process."),
     "worker": Command("dataplane.__main__", "worker_command", "Run this node's worker daemon."),
     "ctl": Command("tools.ctl.app", "app", "Look at a running cluster and steer it."),
+    "bench": Command("tools.bench.__main__", "app", "Measure the engine against the hardware and its peers."),
     "version": Command("tools.version", "version_command", "Print the versions of Perdure and what it stands on."),
 }
 

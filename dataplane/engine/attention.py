@@ -42,6 +42,12 @@ class AttentionStep(Protocol):
 _running: AttentionStep | None = None
 
 
+def running_step() -> AttentionStep:
+    """The step that layers attend for now."""
+    assert _running is not None, "attention outside a step"
+    return _running
+
+
 @contextmanager
 def running(step: AttentionStep) -> Iterator[None]:
     """Make `step` the one that layers attend for."""

@@ -85,9 +85,12 @@ class SequenceBook:
         if over is not None:
             self._ended.append(over)
             return
-        extend_chain(sequence.chain, sequence.seed, sequence.tokens, self.limits.block_tokens)
         self.sequences[sequence.id] = sequence
         insort(self.waiting, sequence, key=by_rank)
+
+    def extend_chain(self, sequence: Sequence) -> None:
+        """Bring the hashes of a sequence's full blocks up to its known tokens."""
+        extend_chain(sequence.chain, sequence.seed, sequence.tokens, self.limits.block_tokens)
 
     def admit(self, sequence: Sequence, hits: list[int]) -> None:
         """Let a waiting sequence run, its prefix taken from these published blocks."""
@@ -105,7 +108,6 @@ class SequenceBook:
         """Take the blocks of a running sequence; it waits at its old place and is computed again."""
         del self.running[sequence.id]
         self._drop_blocks(sequence)
-        extend_chain(sequence.chain, sequence.seed, sequence.tokens, self.limits.block_tokens)
         sequence.computed = sequence.settled = sequence.published = 0
         sequence.life += 1
         insort(self.waiting, sequence, key=by_rank)
@@ -116,7 +118,7 @@ class SequenceBook:
         full = position // self.limits.block_tokens
         if not sequence.shares or full <= sequence.published:
             return
-        extend_chain(sequence.chain, sequence.seed, sequence.tokens, self.limits.block_tokens)
+        self.extend_chain(sequence)
         for index in range(sequence.published, full):
             self.pool.publish(sequence.blocks[index], sequence.chain[index])
         sequence.published = full

@@ -12,9 +12,9 @@ from dataplane.engine.sequence import Sequence
 from dataplane.frames import SequenceId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
-    """A run of consecutive tokens of one sequence in one step."""
+    """A run of consecutive tokens of one sequence in one step. Not frozen: hundreds are made a step."""
 
     sequence: Sequence
     # The sequence's life when it was planned.

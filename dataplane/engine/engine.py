@@ -51,8 +51,7 @@ class Drawn:
     """What a step gave, on the device."""
 
     logits_NV: Tensor
-    # Entries that sample, and their tokens.
-    entries: list[int]
+    # By row of logits; of no meaning for one that nothing is sampled from.
     tokens: Readback
 
 
@@ -201,17 +200,18 @@ class Engine:
     def _draw(self, flight: Flight) -> Drawn:
         """Sample a launched step's tokens, on the device."""
         entries = self._scheduler.entries(flight.plan.number)
-        logits_NV = self._runner.finish(flight.rows)
-        sampled = [index for index, entry in enumerate(entries) if entry.samples]
-        rows = [_sample_row(entries[index]) for index in sampled]
-        tokens_N = torch.zeros(0, dtype=torch.long, device=self._device)
-        if rows:
-            tokens_N = self._sampler.sample(logits_NV[[flight.ends[index] for index in sampled]], rows)
+        output = self._runner.finish(flight.rows)
+        logits_NV, best_N = output.logits_NV[: flight.rows], output.best_N
+        rows: list[SampleRow | None] = [None] * flight.rows
+        for entry, end in zip(entries, flight.ends, strict=True):
+            if entry.samples and not entry.sequence.takes_best:
+                rows[end] = _sample_row(entry)
+        tokens_N = self._sampler.sample(logits_NV, rows, None if best_N is None else best_N[: flight.rows])
         if self._limits.lookahead:
-            drawn_E = torch.zeros(len(entries), dtype=torch.long, device=self._device)
-            drawn_E[sampled] = tokens_N
-            self._runner.feed(drawn_E)
-        return Drawn(logits_NV, sampled, Readback(tokens_N))
+            self._runner.feed(tokens_N)
+        if output.passing and any(entry.sequence.request.sampling.logprobs is not None for entry in entries):
+            logits_NV = logits_NV.clone()
+        return Drawn(logits_NV, Readback(tokens_N))
 
     def _land(self) -> StepDone:
         """Finish the oldest step."""
@@ -220,13 +220,13 @@ class Engine:
         given = flight.drawn or self._draw(flight)
         logits_NV = given.logits_NV
         # The step's one wait for the device.
-        drawn = dict(zip(given.entries, given.tokens.wait(), strict=True))
+        drawn = given.tokens.wait()
         now = time.perf_counter()
         self._pacer.observe(len(flight.plan.tokens) // 4, now - max(flight.launched, self._landed))
         self._landed = now
         self._describe_prompts(entries, flight.ends, logits_NV)
-        poisoned = {index for index, token in drawn.items() if token < 0}
-        tokens = [drawn.get(index, 0) for index in range(len(entries))]
+        tokens = [drawn[end] if entry.samples else 0 for entry, end in zip(entries, flight.ends, strict=True)]
+        poisoned = {index for index, token in enumerate(tokens) if token < 0}
         completed = self._scheduler.complete(flight.plan.number, tokens, poisoned)
         self._mark(self._flights[0].plan.number if self._flights else 0)
         ended = [*completed.ended, *self._take_ended()]

@@ -11,14 +11,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from controlplane.runtime.packing import unpack_u32
 from dataplane.engine.attention import ATTENTION, running
 from dataplane.engine.attention_cpu import CpuAttentionStep
-from dataplane.engine.inputs import StepInputs, prepare
+from dataplane.engine.inputs import StepInputs, prepare, unpack
 from dataplane.engine.kv_cache import KVCache
 from dataplane.engine.linear import pack
 from dataplane.engine.plan import StepPlan, probe_plan
@@ -28,11 +31,39 @@ from dataplane.parallel.mesh import Mesh
 from dataplane.parallel.pipeline import StageLink
 from dataplane.progress import ProgressPage
 
+if TYPE_CHECKING:
+    from dataplane.engine.cuda_steps import CudaSteps
+
 ROWS_MIN_PACKED = 2
 """A packed product of one row has other bits than that of more (linear.py)."""
 
+PROBE_TOKENS_FIRST = 48
+"""Length of the prompt that fast modules are compared on."""
+
+FAST_ERROR_MAX = 0.1
+"""Relative difference that other roundings may make in half precision; a wrong module makes one near 1."""
+
 ROWS_MIN_ROUTED = 4
 """Routers compute with plain products of their own, and those have other bits below four rows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """Logits of a step at the driver, on the device."""
+
+    logits_NV: Tensor
+    # Each row's arg-max, -1 where it is no number, if the step found it on the way.
+    best_N: Tensor | None = None
+    # The next step overwrites the logits.
+    passing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step."""
+
+    tokens: int
+    sequences: int
 
 
 class ModelRunner:
@@ -45,17 +76,20 @@ class ModelRunner:
         block_tokens: int,
         page: ProgressPage | None,
         report: Callable[[float], None],
+        limits: StepLimits,
     ) -> None:
         """Puts the weights into the form that is fastest here; `report` gets the share that is done."""
         # Rows that a step has at least; equal on all ranks, for hidden states travel between them.
         self.rows_min = 1
         if device.type == "cpu":
             pack(model.module, report)
-            routes = any(hasattr(item, "perdure_experts") for item in model.module.modules())
-            self.rows_min = ROWS_MIN_ROUTED if routes else ROWS_MIN_PACKED
+            self.rows_min = ROWS_MIN_ROUTED if _routes(model) else ROWS_MIN_PACKED
         self._device = device
         self._block_tokens = block_tokens
         self._page = page
+        self._limits = limits
+        self._accelerated = False
+        self._steps: CudaSteps | None = None
         self.attach(model)
         self._cache = self._new_cache(0)
 
@@ -64,11 +98,14 @@ class ModelRunner:
         self._model = model
         self._mesh = model.mesh
         self._stages = StageLink(self._mesh.pipeline, model.config.hidden_size, model.dtype, self._device)
+        if self._steps is not None:
+            self._steps.attach(model)
         # Logits of steps launched: here (one stage), or travelling to the driver.
-        self._logits: deque[Tensor] = deque()
+        self._outputs: deque[Output] = deque()
         self._sent: deque[Sent] = deque()
-        # Tokens that the last step gave, by entry.
-        self._drawn_E = torch.zeros(0, dtype=torch.long, device=self._device)
+        # Tokens that the last step gave, by row of logits, and the last row of each of its entries.
+        self._drawn_N = torch.zeros(0, dtype=torch.long, device=self._device)
+        self._ends_E = np.zeros(0, dtype=np.int64)
 
     @property
     def mesh(self) -> Mesh:
@@ -76,14 +113,32 @@ class ModelRunner:
 
     def allocate(self, total_blocks: int) -> None:
         """An empty cache of so many blocks; the old one is dropped first."""
+        self._steps = None
         self._cache = self._new_cache(0)
         self._cache = self._new_cache(total_blocks)
+        if self._device.type == "cuda" and total_blocks:
+            self._steps = self._new_steps(total_blocks)
+
+    def warm_up(self) -> None:
+        """One small step in the new cache, on a GPU: what is captured later must have run before."""
+        if self._steps is not None:
+            self._probe(probe_plan(1, self._block_tokens))
+
+    def capture(self, report: Callable[[float], None]) -> None:
+        """Capture CUDA graphs of small steps, where this rank is alone and on a GPU."""
+        # In single precision the product over experts asks the host for their sizes.
+        waits = self._model.dtype == torch.float32 and _routes(self._model)
+        if self._steps is not None and self._mesh.world.size == 1 and not waits:
+            self._steps.capture(self._limits.sequences, report)
 
     def launch(self, plan: StepPlan) -> None:
         """Run this rank's part of a step. Returns once the next rank can go on, with work still on the device."""
         with torch.inference_mode():
             if plan.scrub:
                 self._cache.scrub(unpack_u32(plan.scrub).tolist())
+            if self._steps is not None:
+                self._launch_on_gpu(self._steps, plan)
+                return
             inputs = prepare(
                 plan,
                 self._block_tokens,
@@ -92,24 +147,53 @@ class ModelRunner:
                 rows_min=self.rows_min,
             )
             out = self._forward(inputs, self._tokens(inputs))
-            self._drawn_E = torch.zeros(len(inputs.ragged.counts_E), dtype=torch.long, device=self._device)
-            if self._mesh.is_last_stage:
-                self._keep_logits(out)
-            else:
-                self._stages.send_hidden(out)
+            self._ends_E = np.cumsum(unpack(plan.logit_counts)) - 1
+            self._drawn_N = torch.zeros(len(inputs.rows_N), dtype=torch.long, device=self._device)
+            self._pass_on(out)
 
-    def feed(self, drawn_E: Tensor) -> None:
-        """Driver only: what the step launched last gave, by entry, for the next one to take from the device."""
-        self._drawn_E = drawn_E
+    def _launch_on_gpu(self, steps: CudaSteps, plan: StepPlan) -> None:
+        hidden_TH = None
+        if not self._mesh.is_first_stage:
+            hidden_TH = self._stages.receive_hidden(len(plan.tokens) // 4)
+        result = steps.run(plan, hidden_TH)
+        if not self._mesh.is_last_stage:
+            self._stages.send_hidden(result.out)
+        elif self._mesh.is_first_stage:
+            self._outputs.append(Output(result.out, result.best_N, result.captured))
+        elif len(result.out) and self._mesh.tensor.index == 0:
+            self._send_logits(result.out)
 
-    def finish(self, rows: int) -> Tensor:
-        """Driver only: the (rows, V) logits of the oldest step launched and not finished, on the device."""
+    def _pass_on(self, out: Tensor) -> None:
+        if not self._mesh.is_last_stage:
+            self._stages.send_hidden(out)
+            return
+        logits_NV = out
+        if out.shape[0]:
+            logits_NV = self._mesh.tensor.all_gather(out.contiguous()).transpose(0, 1).flatten(1)
+        logits_NV = logits_NV[:, : self._model.vocab_size]
+        if self._mesh.is_first_stage:
+            self._outputs.append(Output(logits_NV))
+        elif out.shape[0] and self._mesh.tensor.index == 0:
+            self._send_logits(logits_NV)
+
+    def _send_logits(self, logits_NV: Tensor) -> None:
+        while len(self._sent) >= self._mesh.pipeline.size:
+            self._sent.popleft().wait()
+        self._sent.append(self._mesh.pipeline.send(logits_NV.to(self._model.dtype), 0))
+
+    def feed(self, drawn_N: Tensor) -> None:
+        """Driver only: what the step launched last gave, by row of logits, for the next one to take from the device."""
+        if self._steps is not None:
+            self._steps.keep(drawn_N)
+        else:
+            self._drawn_N = drawn_N
+
+    def finish(self, rows: int) -> Output:
+        """Driver only: the logits, `rows` of them, of the oldest step launched and not finished."""
         if self._mesh.is_last_stage:
-            return self._logits.popleft()
+            return self._outputs.popleft()
         logits = torch.empty(rows, self._model.vocab_size, dtype=self._model.dtype, device=self._device)
-        if not rows:
-            return logits
-        return self._mesh.pipeline.receive(logits, self._mesh.pipeline.size - 1)
+        return Output(self._mesh.pipeline.receive(logits, self._mesh.pipeline.size - 1) if rows else logits)
 
     def measure(self, tokens: int) -> float:
         """Seconds that a prompt of so many tokens takes, in a cache of its own that is dropped again.
@@ -118,27 +202,52 @@ class ModelRunner:
         """
         self.allocate(-(-tokens // self._block_tokens))
         plan = probe_plan(tokens, self._block_tokens)
-        assert_attention_reached(self._model, lambda: self._probe(plan), ATTENTION)
+        if self._device.type == "cuda":
+            self._accelerate(probe_plan(min(tokens, PROBE_TOKENS_FIRST), self._block_tokens))
+            self._probe(plan)
+        else:
+            assert_attention_reached(self._model, lambda: self._probe(plan), ATTENTION)
         begun = time.perf_counter()
         self._probe(plan)
         elapsed = time.perf_counter() - begun
         self.allocate(0)
         return elapsed
 
-    def _probe(self, plan: StepPlan) -> None:
+    def _accelerate(self, plan: StepPlan) -> None:
+        """Put fast modules in, once; assert that they compute what the model does."""
+        from dataplane.engine.linear_cuda import take_over
+        from dataplane.models.accelerate import accelerate
+
+        if self._accelerated:
+            return
+        assert_attention_reached(self._model, lambda: self._probe(plan), ATTENTION)
+        before = self._probe(plan)
+        self._accelerated = True
+        accelerate(self._model.module, self._model.max_model_tokens, whole=self._mesh.pipeline.size == 1)
+        take_over(self._model.module)
+        self._steps = self._new_steps(len(self._cache.keys[0]))
+        after = self._probe(plan)
+        if before is None or after is None:
+            return
+        error = float((after - before).norm() / before.norm())
+        assert error < FAST_ERROR_MAX, f"fast modules change the logits by {error:.3f}"
+
+    def _probe(self, plan: StepPlan) -> Tensor | None:
+        """The step's logits, at the driver."""
         self.launch(plan)
-        if self._mesh.is_driver:
-            self.finish(1)
-        self._logits.clear()
+        logits = self.finish(1).logits_NV.float() if self._mesh.is_driver else None
+        self._outputs.clear()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        return logits
 
     def _tokens(self, inputs: StepInputs) -> Tensor:
         if inputs.fed_T is None:
             return inputs.tokens_T
-        drawn_E = self._mesh.tensor.broadcast(self._drawn_E, 0)
-        # A poisoned entry drew -1; what is computed from it is thrown away.
-        return torch.where(inputs.fed_T < 0, inputs.tokens_T, drawn_E[inputs.fed_T.clamp(min=0)].clamp(min=0))
+        drawn_N = self._mesh.tensor.broadcast(self._drawn_N, 0)
+        rows_T = torch.from_numpy(self._ends_E).to(self._device)[inputs.fed_T.clamp(min=0)]
+        # A poisoned row drew -1; what is computed from it is thrown away.
+        return torch.where(inputs.fed_T < 0, inputs.tokens_T, drawn_N[rows_T].clamp(min=0))
 
     def _forward(self, inputs: StepInputs, tokens_T: Tensor) -> Tensor:
         """Hidden states (T, H), or of the last stage this rank's columns of logits."""
@@ -153,18 +262,18 @@ class ModelRunner:
                 inputs.rope_lengths_T,
             )
 
-    def _keep_logits(self, part: Tensor) -> None:
-        """Gather the vocabulary's parts, and send the whole to the driver if that is another stage's."""
-        logits = part
-        if part.shape[0]:
-            logits = self._mesh.tensor.all_gather(part.contiguous()).transpose(0, 1).flatten(1)
-        logits = logits[:, : self._model.vocab_size]
-        if self._mesh.is_first_stage:
-            self._logits.append(logits)
-        elif part.shape[0] and self._mesh.tensor.index == 0:
-            while len(self._sent) >= self._mesh.pipeline.size:
-                self._sent.popleft().wait()
-            self._sent.append(self._mesh.pipeline.send(logits.to(self._model.dtype), 0))
-
     def _new_cache(self, total_blocks: int) -> KVCache:
         return KVCache(self._model.attention, total_blocks, self._block_tokens, self._model.dtype, self._device)
+
+    def _new_steps(self, total_blocks: int) -> CudaSteps:
+        # Only here: its kernels exist on hosts with a GPU alone.
+        from dataplane.engine.cuda_steps import CudaSteps
+
+        per_sequence = min(-(-self._model.max_model_tokens // self._block_tokens), total_blocks)
+        tables = per_sequence * self._limits.sequences
+        return CudaSteps(self._model, self._cache, self._device, self._limits.tokens, tables, self._page)
+
+
+def _routes(model: FittedModel) -> bool:
+    """Whether it has experts."""
+    return any(hasattr(item, "perdure_experts") for item in model.module.modules())

@@ -77,24 +77,32 @@ class Sampler:
         self._device = device
         self._chunk_rows = max(CHUNK_ELEMENTS // vocab_size, 1)
 
-    def sample(self, logits_NV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-        """(N,) int64 token ids, still on the device; -1 where a row's logits are no numbers."""
-        # A NaN is the largest value to max, so the best one tells for the row. argmax takes four times as long.
-        best_N, tokens_N = logits_NV.max(-1)
+    def sample(self, logits_NV: Tensor, rows: Sequence[SampleRow | None], best_N: Tensor | None = None) -> Tensor:
+        """(N,) int64 token ids, still on the device; -1 where a row's logits are no numbers. A row of None gets the
+        arg-max. `best_N`: all rows' arg-max, -1 in the same case, where it is known already."""
+        if best_N is not None and all(row is None for row in rows):
+            return best_N
+        if best_N is None:
+            # A NaN is the largest value to max, so the best one tells for the row. argmax takes four times as long.
+            value_N, tokens_N = logits_NV.max(-1) if len(rows) else (logits_NV.new_zeros(0), _ids((), logits_NV))
+            sick_N = ~torch.isfinite(value_N)
+        else:
+            tokens_N, sick_N = best_N, best_N < 0
         for draw, indices in self._by_kind(rows):
             for start in range(0, len(indices), self._chunk_rows):
                 chunk = indices[start : start + self._chunk_rows]
                 index_M = torch.tensor(chunk, device=self._device)
-                tokens_N[index_M] = draw(logits_NV.index_select(0, index_M).float(), [rows[i] for i in chunk])
-        return tokens_N.masked_fill_(~torch.isfinite(best_N), -1)
+                chosen = [row for i in chunk if (row := rows[i]) is not None]
+                tokens_N[index_M] = draw(logits_NV.index_select(0, index_M).float(), chosen)
+        return tokens_N.masked_fill_(sick_N, -1)
 
-    def _by_kind(self, rows: Sequence[SampleRow]) -> Iterator[tuple[_Draw, list[int]]]:
+    def _by_kind(self, rows: Sequence[SampleRow | None]) -> Iterator[tuple[_Draw, list[int]]]:
         """Rows that need more than the arg-max of raw logits, by how they are drawn."""
         kinds: dict[_Draw, list[int]] = {}
         for index, row in enumerate(rows):
-            sampling = row.sampling
-            if row.is_plain:
+            if row is None or row.is_plain:
                 continue
+            sampling = row.sampling
             if row.is_greedy:
                 draw = self._take_best
             elif 0 < sampling.top_k <= CANDIDATES:

@@ -272,6 +272,8 @@ class BatchScheduler:
 
     def _hits(self, sequence: Sequence) -> list[int]:
         """Published blocks it can begin with. At least its last token is computed, for its logits."""
+        # Only now: a long queue of prompts would hold the first of them up.
+        self._book.extend_chain(sequence)
         return self._pool.match(sequence.chain, self._shareable(sequence))
 
     def _shareable(self, sequence: Sequence) -> int:

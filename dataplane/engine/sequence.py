@@ -35,9 +35,9 @@ class Ended:
     error: Reason | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Emitted:
-    """A token that a step gave, at `index` of the sequence's generated tokens."""
+    """A token that a step gave, at `index` of the sequence's generated tokens. Not frozen: hundreds are made a step."""
 
     sequence: SequenceId
     entry: int
@@ -73,17 +73,32 @@ class Sequence:
     last_step: int = 0
     last_entry: int = 0
     admitted: bool = False
+    # What never changes, computed once: the scheduler asks at every step.
+    id: SequenceId = field(init=False)
+    prompt_length: int = field(init=False)
+    # Its next draw depends on the tokens before it beyond the logits.
+    needs_history: bool = field(init=False)
+    # Its next token is the arg-max of the raw logits, wherever it stands.
+    takes_best: bool = field(init=False)
 
-    @property
-    def id(self) -> SequenceId:
-        return self.request.id
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        self.id = self.request.id
+        self.prompt_length = len(self.request.prompt)
+        self.needs_history = bool(
+            sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
+        )
+        plain = sampling.temperature == 0 and not sampling.logit_bias and not sampling.min_tokens
+        self.takes_best = plain and not self.needs_history
 
     @property
     def is_solo(self) -> bool:
         """It must run alone. Over after SOLO_TOKENS tokens: else every stream that a killed engine held would go on one
         by one."""
+        if not self.request.solo:
+            return False
         given = len(self.tokens) - self.prompt_length - len(self.request.delivered)
-        return self.request.solo and given < SOLO_TOKENS
+        return given < SOLO_TOKENS
 
     @property
     def length(self) -> int:
@@ -91,33 +106,23 @@ class Sequence:
         return len(self.tokens) + self.pending
 
     @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt)
-
-    @property
     def missing(self) -> int:
         """Tokens whose KV is to be computed before the next one can be sampled."""
-        return self.length - self.computed
+        return len(self.tokens) + self.pending - self.computed
 
     @property
     def is_decoding(self) -> bool:
-        return self.missing == 1 and self.computed >= self.prompt_length
+        return self.computed >= self.prompt_length and self.missing == 1
 
     @property
     def is_complete(self) -> bool:
         """Nothing is left to sample."""
-        return self.length >= self.tokens_max
+        return len(self.tokens) + self.pending >= self.tokens_max
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """They travel with the first token: a replay that has one delivered them already."""
         return self.request.sampling.prompt_logprobs is not None and self.length == self.prompt_length
-
-    @property
-    def needs_history(self) -> bool:
-        """Its next draw depends on the tokens before it beyond the logits."""
-        sampling = self.request.sampling
-        return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1)
 
     def verdict(self, token: int) -> Ended | None:
         """The end that `token`, its last one, brings, if any."""

@@ -11,7 +11,7 @@ from controlplane.runtime.errors import Rejected
 from controlplane.runtime.messages.common import Capacity, Reason, ReasonKind, ReplicaSpec
 from dataplane.engine.book import Limits
 from dataplane.engine.kv_cache import block_bytes
-from dataplane.engine.runner import ModelRunner
+from dataplane.engine.runner import ModelRunner, StepLimits
 from dataplane.engine.sizing import cache_bytes, count_blocks
 from dataplane.models.fit import FittedModel
 from dataplane.parallel.collectives import all_gather_data, broadcast_data
@@ -50,7 +50,10 @@ def set_up(
 
     Raises Rejected if the memory of some rank does not hold one block.
     """
-    runner = ModelRunner(model, device, spec.block_tokens, page, lambda share: report("pack", PACK_SHARE * share))
+    limits = StepLimits(spec.max_batch_tokens, min(spec.max_sequences, spec.max_batch_tokens))
+    runner = ModelRunner(
+        model, device, spec.block_tokens, page, lambda share: report("pack", PACK_SHARE * share), limits
+    )
     report("measure", PACK_SHARE)
     meet(model.mesh.control)
     # Some stages have routers, some have not.
@@ -64,6 +67,9 @@ def set_up(
         text = f"no memory for a KV cache block beside the weights on {device} or a peer's device"
         raise Rejected(Reason(kind=ReasonKind.OUT_OF_MEMORY, text=text))
     runner.allocate(blocks)
+    if not spec.disable_cuda_graph:
+        runner.warm_up()
+        runner.capture(lambda share: report("capture", PACK_SHARE + (1 - PACK_SHARE) * share))
     return Ready(runner, _limits(model, spec, blocks, overlaps(spec, model.mesh, device)), probe, elapsed)
 
 
@@ -92,10 +98,18 @@ def capacity(limits: Limits) -> Capacity:
 def _count_blocks(model: FittedModel, spec: ReplicaSpec, device: torch.device) -> int:
     if spec.kv_cache_tokens:
         return -(-spec.kv_cache_tokens // spec.block_tokens)
-    step_bytes = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    step_bytes = _step_bytes(model, spec, device) if device.type == "cuda" else 0
     room = cache_bytes(device, spec.mem_fraction_static, step_bytes)
     per_block = block_bytes(model.attention, spec.block_tokens, model.dtype)
     return count_blocks(room, per_block, spec.block_tokens, spec.max_sequences, model.max_model_tokens)
+
+
+def _step_bytes(model: FittedModel, spec: ReplicaSpec, device: torch.device) -> int:
+    """Memory of the largest step beside what stays: measured, and the logits of all sequences at once, twice for what
+    sampling makes of them and once for captured steps, which keep theirs."""
+    peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    torch.cuda.empty_cache()
+    return peak + 3 * 4 * spec.max_sequences * model.vocab_size
 
 
 def _limits(model: FittedModel, spec: ReplicaSpec, blocks: int, lookahead: bool) -> Limits:

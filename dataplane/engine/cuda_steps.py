@@ -1,0 +1,342 @@
+"""Runs plans on a GPU: inputs in one copy, small steps as captured CUDA graphs, the largest logits found on the way.
+
+A graph is captured for so many rows and replayed for steps of no more; rows behind a step's own compute what nobody
+reads. Steps of single tokens (decodes) have graphs of their own, without the prefill kernel and with one row of logits
+a token.
+
+Shape letters: T rows of the step, N rows of logits, V vocabulary, E entries.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataplane.engine.arrangement import (
+    ITEM_COLUMNS,
+    MERGE_COLUMNS,
+    TILE_COLUMNS,
+    Arrangement,
+    Runs,
+    arrange,
+    spare_items,
+    tiles_max,
+)
+from dataplane.engine.attention import running
+from dataplane.engine.attention_cuda import CudaAttentionStep, DeviceWork, Kind
+from dataplane.engine.inputs import Ints, feedback, logit_rows, unpack
+from dataplane.engine.kv_cache import KVCache
+from dataplane.engine.plan import StepPlan
+from dataplane.engine.staging import Section, Staging
+from dataplane.kernels.feed import feed
+from dataplane.kernels.greedy import greedy
+from dataplane.kernels.prefill import queries_a_tile
+from dataplane.models.accelerate import ends_early
+from dataplane.models.fit import FittedModel
+from dataplane.progress import ProgressPage
+
+GRAPH_TOKENS_MAX = 512
+"""Steps with runs of several tokens are captured up to so many rows: above, the GPU is slower than the host."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostStep:
+    """A plan unpacked: int64 arrays on the host."""
+
+    tokens_T: Ints
+    fed_T: Ints
+    positions_T: Ints
+    slots_T: Ints
+    rows_N: Ints
+    ropes_T: Ints | None
+    tables: Ints
+    runs: Runs
+
+    @property
+    def is_decode(self) -> bool:
+        """One token and one row of logits an entry."""
+        return len(self.tokens_T) == len(self.rows_N) == len(self.runs.counts_E)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a graph is captured for."""
+
+    rows: int
+    logits: int
+    decode: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTensors:
+    """A staged step."""
+
+    tokens_T: Tensor
+    fed_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    # None: every row.
+    rows_N: Tensor | None
+    ropes_T: Tensor | None
+    tables: Tensor
+    work: Callable[[Kind], DeviceWork]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """Logits (N, V_local) of the last stage or hidden states (T, H) of another, and each row's best token.
+
+    A graph's next replay overwrites them.
+    """
+
+    out: Tensor
+    best_N: Tensor | None
+    captured: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    result: StepResult
+
+
+class CudaSteps:
+    """Owns the staging buffers, the last step's tokens and the graphs of one rank."""
+
+    def __init__(
+        self,
+        model: FittedModel,
+        cache: KVCache,
+        device: torch.device,
+        rows_max: int,
+        tables_max: int,
+        page: ProgressPage | None,
+    ) -> None:
+        """For steps of up to `rows_max` tokens whose entries' tables hold up to `tables_max` blocks."""
+        self._model = model
+        self._cache = cache
+        self._device = device
+        self._page = page
+        self._staging = Staging(_integers(rows_max, tables_max), device)
+        self._drawn_N = torch.zeros(rows_max, dtype=torch.long, device=device)
+        # Row of logits of each entry of the last step.
+        self._ends_E: Ints = np.zeros(0, dtype=np.int64)
+        self._kinds: list[Kind] = []
+        self._graphs: dict[Size, _Graph] = {}
+        self._decode_rows: list[int] = []
+        self._mixed_rows: list[int] = []
+        self._logits_max = 0
+        self._logits = 0
+        self._ends_early = ends_early(model.module)
+
+    def attach(self, model: FittedModel) -> None:
+        """Go on with the same weights on another epoch's mesh."""
+        self._model = model
+
+    def run(self, plan: StepPlan, hidden_TH: Tensor | None) -> StepResult:
+        """Launch a step; nothing waits for it."""
+        step = self._unpack(plan)
+        if self._model.mesh.tensor.size > 1 and (step.fed_T >= 0).any():
+            # What the driver drew; the others know the arg-max only.
+            self._model.mesh.tensor.broadcast(self._drawn_N[: self._logits], 0)
+        self._logits = len(step.rows_N)
+        self._ends_E = np.cumsum(unpack(plan.logit_counts)) - 1
+        size = self._size(step) if hidden_TH is None else None
+        if size is None:
+            tensors = self._stage(step)
+            return self._forward(tensors, hidden_TH)
+        self._stage(step, size)
+        captured = self._graphs[size]
+        captured.graph.replay()
+        return captured.result
+
+    def keep(self, tokens_N: Tensor) -> None:
+        """What the step launched last gave, by row of logits, for the next one to take."""
+        if tokens_N.data_ptr() != self._drawn_N.data_ptr():
+            self._drawn_N[: len(tokens_N)].copy_(tokens_N)
+
+    def capture(self, sequences: int, moved: Callable[[float], None]) -> None:
+        """Capture graphs for decodes of up to `sequences` rows and for small mixed steps; at least one step has run."""
+        self._decode_rows = decode_sizes(sequences)
+        self._mixed_rows = mixed_sizes(min(GRAPH_TOKENS_MAX, len(self._drawn_N)))
+        self._logits_max = sequences
+        sizes = [Size(rows, rows, decode=True) for rows in self._decode_rows]
+        sizes += [Size(rows, min(rows, sequences), decode=False) for rows in self._mixed_rows]
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the others fit into its memory.
+        for index, size in enumerate(sorted(sizes, key=lambda item: -item.rows)):
+            moved(index / len(sizes))
+            self._graphs[size] = self._capture(size, pool)
+        torch.cuda.synchronize(self._device)
+
+    def _capture(self, size: Size, pool: Any) -> _Graph:
+        tensors = self._stage(_idle_step(), size)
+        with torch.inference_mode():
+            # Once outside: libraries set themselves up at a first call.
+            self._forward(tensors, None)
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                result = self._forward(tensors, None)
+        return _Graph(graph, StepResult(result.out, result.best_N, captured=True))
+
+    def _size(self, step: HostStep) -> Size | None:
+        """The smallest graph that holds the step."""
+        decode, rows = step.is_decode, len(step.tokens_T)
+        sizes = self._decode_rows if decode else self._mixed_rows
+        index = bisect_left(sizes, rows)
+        if index == len(sizes) or len(step.rows_N) > self._logits_max:
+            return None
+        size = Size(sizes[index], sizes[index] if decode else min(sizes[index], self._logits_max), decode)
+        return size if len(step.rows_N) <= size.logits else None
+
+    def _forward(self, tensors: StepTensors, hidden_TH: Tensor | None) -> StepResult:
+        mesh = self._model.mesh
+        tokens_T = feed(tensors.tokens_T, tensors.fed_T, self._drawn_N) if mesh.is_first_stage else None
+        step = CudaAttentionStep(self._cache, tensors.slots_T, tensors.tables, tensors.work, self._page, tensors.rows_N)
+        rows_N = slice(None) if tensors.rows_N is None or self._ends_early else tensors.rows_N
+        with running(step):
+            out = self._model.forward(tokens_T, hidden_TH, tensors.positions_T, rows_N, tensors.ropes_T)
+        if not mesh.is_last_stage:
+            return StepResult(out, None, captured=False)
+        parts = mesh.tensor.all_gather(out.contiguous()) if mesh.tensor.size > 1 else out.unsqueeze(0)
+        logits_NV = parts.transpose(0, 1).flatten(1) if len(parts) > 1 else parts[0]
+        logits_NV = logits_NV[:, : self._model.vocab_size]
+        best_N = greedy(logits_NV, self._drawn_N)
+        return StepResult(logits_NV, best_N, captured=False)
+
+    # ------------------------------------------------------------ inputs
+
+    def _unpack(self, plan: StepPlan) -> HostStep:
+        starts, counts = unpack(plan.starts), unpack(plan.counts)
+        lengths = unpack(plan.table_lengths)
+        tables = unpack(plan.tables)
+        table_starts = np.cumsum(lengths) - lengths
+        offsets = np.cumsum(counts) - counts
+        entry_T = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(len(entry_T)) + (starts - offsets)[entry_T]
+        tokens = self._cache.block_tokens
+        slots = tables[table_starts[entry_T] + positions // tokens] * tokens + positions % tokens
+        sources = feedback(plan)
+        fed = np.where(sources >= 0, self._ends_E[sources], -1) if len(self._ends_E) else sources
+        return HostStep(
+            tokens_T=unpack(plan.tokens),
+            fed_T=fed[entry_T],
+            positions_T=positions,
+            slots_T=slots,
+            rows_N=logit_rows(offsets + counts, unpack(plan.logit_counts)),
+            ropes_T=unpack(plan.rope_lengths)[entry_T] if self._model.needs_rope_lengths else None,
+            tables=tables,
+            runs=Runs(starts, counts, offsets, table_starts, len(entry_T)),
+        )
+
+    def _stage(self, step: HostStep, size: Size | None = None) -> StepTensors:
+        """The step on the device: as it is, or filled up to what a graph was captured for."""
+        rows = size.rows if size is not None else 0
+        sections = [
+            Section(step.tokens_T, rows),
+            Section(step.fed_T, rows, fill=-1),
+            Section(step.positions_T, rows),
+            Section(step.slots_T, rows, fill=-1),
+            Section(step.rows_N, size.logits if size is not None else 0),
+        ]
+        if step.ropes_T is not None:
+            sections.append(Section(step.ropes_T, rows))
+        base = len(sections)
+        arranged = [] if size is None else [self._arranged(step.runs, kind, size) for kind in self._kinds]
+        for work, kind in zip(arranged, self._kinds, strict=False):
+            assert size is not None
+            sections += _work_sections(work, kind, size)
+        # At least one: the address of nothing would be captured as null.
+        views = self._staging.stage([*sections, Section(step.tables, 1)])
+        works = {
+            kind: _device_work(views[base + 3 * index :]) for index, kind in enumerate(self._kinds[: len(arranged)])
+        }
+        return StepTensors(
+            tokens_T=views[0],
+            fed_T=views[1],
+            positions_T=views[2],
+            slots_T=views[3],
+            rows_N=None if size is not None and size.decode else views[4],
+            ropes_T=views[5] if step.ropes_T is not None else None,
+            tables=views[-1],
+            work=works.__getitem__ if size is not None else self._lazily(step.runs, works),
+        )
+
+    def _arranged(self, runs: Runs, kind: Kind, size: Size | None) -> Arrangement:
+        """The kind's work; rows that a graph is filled up with included."""
+        if size is not None:
+            runs = Runs(runs.starts_E, runs.counts_E, runs.offsets_E, runs.tables_E, size.rows)
+        dense = kind.may_be_dense and size is None
+        queries = queries_a_tile(kind.heads // kind.kv_heads)
+        mixed = size is not None and not size.decode
+        spare = _spare(size, kind) if size else spare_items(int((runs.counts_E == 1).sum()), kind.kv_heads)
+        return arrange(runs, kind.window, spare, queries, may_be_dense=dense, mixed=mixed)
+
+    def _lazily(self, runs: Runs, works: dict[Kind, DeviceWork]) -> Callable[[Kind], DeviceWork]:
+        """Work of a step that is not captured, arranged when the first layer of its kind asks."""
+
+        def work(kind: Kind) -> DeviceWork:
+            if kind not in works:
+                if kind not in self._kinds:
+                    self._kinds.append(kind)
+                made = self._arranged(runs, kind, None)
+                tensors = [_upload(part, self._device) for part in (made.items, made.merges, made.tiles)]
+                works[kind] = DeviceWork(*tensors, dense=made.dense)
+            return works[kind]
+
+        return work
+
+
+def decode_sizes(sequences: int) -> list[int]:
+    """Rows that decodes are captured for, rising: a step computes at most 7, later at most 15, rows for nothing."""
+    sizes = [1, 2, 4, *range(8, min(sequences, 128), 8), *range(128, sequences, 16), sequences]
+    return sorted({size for size in sizes if size <= sequences})
+
+
+def mixed_sizes(rows_max: int) -> list[int]:
+    """Rows that steps with prompts are captured for, rising."""
+    return [rows for rows in (16, 32, 64, 128, 192, 256, 384, 512) if rows <= rows_max]
+
+
+def _spare(size: Size, kind: Kind) -> int:
+    """A mixed step may hold few single tokens."""
+    return spare_items(size.rows if size.decode else 0, kind.kv_heads)
+
+
+def _work_sections(work: Arrangement, kind: Kind, size: Size) -> list[Section]:
+    spare = _spare(size, kind)
+    tiles = 0 if size.decode else tiles_max(size.rows)
+    return [
+        Section(work.items.reshape(-1), (size.rows + spare) * ITEM_COLUMNS, fill=-1),
+        Section(work.merges.reshape(-1), min(size.rows, spare) * MERGE_COLUMNS, fill=-1),
+        Section(work.tiles.reshape(-1), tiles * TILE_COLUMNS, fill=-1),
+    ]
+
+
+def _device_work(views: list[Tensor]) -> DeviceWork:
+    items, merges, tiles = views[:3]
+    return DeviceWork(items.view(-1, ITEM_COLUMNS), merges.view(-1, MERGE_COLUMNS), tiles.view(-1, TILE_COLUMNS))
+
+
+def _idle_step() -> HostStep:
+    """A step without entries, to capture with."""
+    none = np.zeros(0, dtype=np.int64)
+    return HostStep(none, none, none, none, none, None, none, Runs(none, none, none, none, 0))
+
+
+def _upload(values: Ints, device: torch.device) -> Tensor:
+    pinned = torch.from_numpy(values.astype(np.int32)).pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
+def _integers(rows: int, tables: int) -> int:
+    """Room for a step's sections: five columns of rows, the kernels' work for a few kinds of layers, and tables."""
+    work = (rows + 1024) * (ITEM_COLUMNS + MERGE_COLUMNS + TILE_COLUMNS)
+    return 8 * rows + 4 * work + tables + 4096

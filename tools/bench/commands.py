@@ -1,0 +1,52 @@
+"""`perdure bench engine` and `attention`: measurements in this process, without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write every number there.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the table there (needs matplotlib).")]
+
+
+def engine_command(
+    models: Annotated[str, typer.Option(help="On a GPU: 8b, 0.6b or both, random weights.")] = "8b,0.6b",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
+    peer: Annotated[
+        Literal["none", "transformers"], typer.Option(help="Run the peer in turn with us, and print the ratio.")
+    ] = "none",
+    rounds: Annotated[int, typer.Option(min=1, help="Repeats of each workload; medians count.")] = 3,
+    model: Annotated[str, typer.Option(help="On a CPU: a model folder or name.")] = "gemma-3-270m",
+    disable_cuda_graph: Annotated[bool, typer.Option("--disable-cuda-graph")] = False,
+    overlap: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="Prepare the next step while one runs.")
+    ] = "auto",
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Whole workloads through the engine: requests in, tokens out.
+
+    On a GPU: (a) 256 mixed requests at once, (b) one request, (c) 32 prompts of 2,048 tokens; beside them memory
+    bandwidth and cuBLAS, measured in the same run. On a CPU: one request, 16 equal ones, a queue of 64 mixed ones.
+    """
+    # Only here: asking for help needs no torch.
+    from tools.bench import engine_cpu, engine_gpu
+    from tools.bench.rows import publish
+    from tools.bench.start import has_gpu
+
+    if device == "cuda" or (device == "auto" and has_gpu()):
+        options = {"disable_cuda_graph": disable_cuda_graph, "overlap": overlap}
+        report = engine_gpu.measure([name.strip() for name in models.split(",")], rounds, options)
+    else:
+        report = engine_cpu.measure(model, rounds, with_peer=peer == "transformers", overlap=overlap)
+    publish(report, json, plot)
+
+
+def attention_command(json: Json = None, plot: Plot = None) -> None:
+    """The attention kernels alone, on a GPU: decodes against memory bandwidth, prompts against the library's."""
+    from tools.bench import attention
+    from tools.bench.rows import publish
+
+    publish(attention.measure(), json, plot)

@@ -1,0 +1,71 @@
+"""The engine on a CPU with a real small model, in turn with its peer."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from dataplane.models.demo import resolve_model
+from tools.bench.rows import Report, Row
+from tools.bench.start import run_jobs, start
+from tools.bench.workloads import Job, equal_jobs, mixed_jobs
+
+STATIC_BATCH = 16
+"""Requests that the peer runs at a time."""
+
+
+def measure(model: str, rounds: int, *, with_peer: bool, overlap: str) -> Report:
+    """One request, 16 equal ones and a queue of 64 mixed ones, `rounds` times each, medians."""
+    folder = resolve_model(model, lambda *_: None)
+    engine = start(
+        folder, torch.device("cpu"), dtype="bfloat16", max_sequences=STATIC_BATCH, kv_cache_tokens=8192, overlap=overlap
+    ).engine
+    peer = _peer(str(folder)) if with_peer else None
+    conditions = {
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    report = Report(f"Engine on a CPU, {model}, bf16, greedy", conditions)
+    workloads = {
+        "one request": equal_jobs(1, 32, 48),
+        "16 equal requests": equal_jobs(STATIC_BATCH, 32, 48),
+        "queue of 64 mixed": mixed_jobs(64, 8, 96),
+    }
+    for name, jobs in workloads.items():
+        run_jobs(engine, jobs[:1])
+        ours: list[float] = []
+        theirs: list[float] = []
+        for _ in range(rounds):
+            ours.append(run_jobs(engine, jobs).answer_rate)
+            if peer is not None:
+                theirs.append(peer(jobs))
+        against = statistics.median(theirs) if theirs else None
+        rate = statistics.median(ours)
+        report.rows.append(Row(model, name, rate, "tok/s", against, "transformers.generate", higher_is_better=True))
+    return report
+
+
+def _peer(folder: str) -> Callable[[list[Job]], float]:
+    """transformers.generate over static batches: answer tokens that were asked for, a second."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+
+    def run(jobs: list[Job]) -> float:
+        begun = time.perf_counter()
+        for first in range(0, len(jobs), STATIC_BATCH):
+            batch = jobs[first : first + STATIC_BATCH]
+            longest = max(len(job.prompt) for job in batch)
+            ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in batch])
+            mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in batch])
+            answer = max(job.answer_tokens for job in batch)
+            with torch.inference_mode():
+                model.generate(ids, attention_mask=mask, max_new_tokens=answer, do_sample=False, pad_token_id=0)
+        return sum(job.answer_tokens for job in jobs) / (time.perf_counter() - begun)
+
+    return run
