@@ -97,6 +97,8 @@ class Engine:
         self._sampler = Sampler(model.vocab_size, device)
         self._pacer = Pacer(step_s_max, spec.max_batch_tokens)
         self._pacer.observe(ready.probe_tokens, ready.probe_s)
+        # Seconds that the host has waited for the device, in all.
+        self.waited_s = 0.0
         self.reset(Epoch(0))
 
     # ------------------------------------------------------------ life
@@ -220,8 +222,10 @@ class Engine:
         given = flight.drawn or self._draw(flight)
         logits_NV = given.logits_NV
         # The step's one wait for the device.
+        waiting = time.perf_counter()
         drawn = given.tokens.wait()
         now = time.perf_counter()
+        self.waited_s += now - waiting
         self._pacer.observe(len(flight.plan.tokens) // 4, now - max(flight.launched, self._landed))
         self._landed = now
         self._describe_prompts(entries, flight.ends, logits_NV)

@@ -61,6 +61,8 @@ def set_up(
     probe = min(spec.max_batch_tokens, model.max_model_tokens)
     if device.type == "cpu":
         probe = min(probe, PROBE_TOKENS_CPU)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     elapsed = runner.measure(probe)
     blocks = min(all_gather_data(model.mesh.control, _count_blocks(model, spec, device)))
     if blocks < 1:

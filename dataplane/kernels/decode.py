@@ -141,8 +141,11 @@ class Tuning:
     stages: int
 
 
-USUAL = Tuning(128, 4, 3)
-"""The best or nearly so, on an H100, for one token to hundreds, of equal and of ragged lengths."""
+USUAL, MIDDLE = Tuning(128, 4, 3), Tuning(64, 2, 4)
+"""The middle one from MIDDLE_PROGRAMS[0] to [1] tokens times KV heads, where sequences are cut into parts: the best or
+nearly so, on an H100, of equal and of ragged lengths."""
+
+MIDDLE_PROGRAMS = (16, 512)
 
 NARROW = Tuning(32, 4, 3)
 """For wide heads and for single precision."""
@@ -183,7 +186,9 @@ def decode(
     part_log = torch.empty(parts, heads, dtype=torch.float32, device=q_THD.device)
     sinks = sinks_H if sinks_H is not None else part_log
     exact = q_THD.dtype == torch.float32
-    tuning = tuning or (NARROW if exact or max(width, v_width) > 128 else USUAL)
+    if tuning is None:
+        middle = MIDDLE_PROGRAMS[0] <= len(q_THD) * kv_heads <= MIDDLE_PROGRAMS[1]
+        tuning = NARROW if exact or max(width, v_width) > 128 else MIDDLE if middle else USUAL
     _decode_kernel[(kv_heads, len(items))](
         q_THD, q_THD.stride(0), k_cache, v_cache, tables, items, out_THD, part_out, part_log, sinks, scale,
         softcap or 1.0, heads, kv_heads, group, width, v_width, block_tokens, softcap is not None,

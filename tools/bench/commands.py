@@ -23,6 +23,7 @@ def engine_command(
     overlap: Annotated[
         Literal["auto", "on", "off"], typer.Option(help="Prepare the next step while one runs.")
     ] = "auto",
+    profile: Annotated[bool, typer.Option("--profile", help="On a GPU: take decode steps apart, too.")] = False,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -38,7 +39,7 @@ def engine_command(
 
     if device == "cuda" or (device == "auto" and has_gpu()):
         options = {"disable_cuda_graph": disable_cuda_graph, "overlap": overlap}
-        report = engine_gpu.measure([name.strip() for name in models.split(",")], rounds, options)
+        report = engine_gpu.measure([name.strip() for name in models.split(",")], rounds, options, with_profile=profile)
     else:
         report = engine_cpu.measure(model, rounds, with_peer=peer == "transformers", overlap=overlap)
     publish(report, json, plot)

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from tools.bench.floors import linears_ms, read_bandwidth
+from tools.bench.profile import decode_rows
 from tools.bench.rows import Report, Row
 from tools.bench.start import median_outcome, run_jobs, start_shape, token_ms
 from tools.bench.workloads import SHAPES, Job, Shape, equal_jobs, mixed_jobs
@@ -22,15 +23,15 @@ PREFILL_ROWS = 8192
 _FLOOR_ROWS = (1, 64, 128, 192, 256)
 
 
-def measure(names: Sequence[str], rounds: int, options: dict[str, object]) -> Report:
-    """The three workloads for each shape in `names`."""
+def measure(names: Sequence[str], rounds: int, options: dict[str, object], *, with_profile: bool) -> Report:
+    """The three workloads for each shape in `names`, and with a profile where a decode step's time goes."""
     device = torch.device("cuda")
     bandwidth = read_bandwidth(device)
     torch.cuda.empty_cache()
     report = Report("Engine on one GPU, bf16, random weights, greedy", _conditions(bandwidth))
     for name in names:
         shape = SHAPES[name]
-        report.rows.extend(_ours(name, shape, device, rounds, options))
+        report.rows.extend(_ours(name, shape, device, rounds, options, with_profile=with_profile))
         gc.collect()
         torch.cuda.empty_cache()
         _compare(report, name, shape, device, bandwidth)
@@ -47,7 +48,9 @@ def _conditions(bandwidth: float) -> dict[str, str]:
     }
 
 
-def _ours(name: str, shape: Shape, device: torch.device, rounds: int, options: dict[str, object]) -> list[Row]:
+def _ours(
+    name: str, shape: Shape, device: torch.device, rounds: int, options: dict[str, object], *, with_profile: bool
+) -> list[Row]:
     started = start_shape(
         shape,
         device,
@@ -64,6 +67,7 @@ def _ours(name: str, shape: Shape, device: torch.device, rounds: int, options: d
     alone = [run_jobs(engine, one) for _ in range(3 * rounds)]
     prefill = median_outcome(engine, prompts, rounds)
     mixed = median_outcome(engine, mixed_jobs(), rounds)
+    profiled = decode_rows(name, engine) if with_profile else []
     return [
         Row(name, "start to ready", started.seconds, "s"),
         Row(name, "(a) 256 mixed requests", mixed.seconds, "s"),
@@ -71,6 +75,7 @@ def _ours(name: str, shape: Shape, device: torch.device, rounds: int, options: d
         Row(name, "(b) one request, a token", statistics.median(map(token_ms, alone)), "ms"),
         Row(name, "(b) first token of 128", statistics.median(1000 * item.first_s for item in alone), "ms"),
         Row(name, "(c) 32 prompts of 2,048", prefill.prompt_rate, "tok/s", higher_is_better=True),
+        *profiled,
     ]
 
 
