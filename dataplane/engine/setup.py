@@ -107,9 +107,11 @@ def _count_blocks(model: FittedModel, spec: ReplicaSpec, device: torch.device) -
 
 
 def _step_bytes(model: FittedModel, spec: ReplicaSpec, device: torch.device) -> int:
-    """Memory of the largest step beside what stays: measured, and the logits of all sequences at once, twice for what
-    sampling makes of them and once for captured steps, which keep theirs."""
+    """Memory of the largest step beside what stays: of the measured one, as often as it fits into the largest, and the
+    logits of all sequences at once, twice for what sampling makes of them and once for captured steps, which keep
+    theirs."""
     peak = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    peak *= -(-spec.max_batch_tokens // min(spec.max_batch_tokens, model.max_model_tokens))
     torch.cuda.empty_cache()
     return peak + 3 * 4 * spec.max_sequences * model.vocab_size
 
