@@ -30,6 +30,9 @@ COMMANDS = {
     "worker": Command("dataplane.__main__", "worker_command", "Run this node's worker daemon."),
     "ctl": Command("tools.ctl.app", "app", "Look at a running cluster and steer it."),
     "bench": Command("tools.bench.__main__", "app", "Measure the engine against the hardware and its peers."),
+    "chaos": Command(
+        "tools.chaos.command", "chaos_command", "Break parts of a test cluster and see that no stream is hurt."
+    ),
     "version": Command("tools.version", "version_command", "Print the versions of Perdure and what it stands on."),
 }
 

@@ -23,6 +23,6 @@ class GatewayLimits:
     # A request that is not done by then ends with an error; the usual patience of OpenAI clients.
     request_deadline_s: float = 600.0
     # A comment line in a stream that has nothing to say, so that no proxy cuts it.
-    keepalive_s: float = 15.0
+    keepalive_s: float = 1.0
     # How long `stop` lets open streams go on.
     stop_grace_s: float = 30.0

@@ -1,0 +1,1 @@
+"""`perdure chaos`: faults against a live cluster, real streams compared with an undisturbed run, a report."""

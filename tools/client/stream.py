@@ -25,8 +25,8 @@ PATIENCE_S = 30.0
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 1.0
 LINE_BYTES_MAX = 1024 * 1024
-SILENCE_MAX_S = 40.0
-"""A gateway writes at least a comment every 15 s."""
+SILENCE_MAX_S = 3.0
+"""A gateway writes at least a comment a second: one that is silent for so long is stopped, or cut off."""
 
 
 class Refused(Exception):
