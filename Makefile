@@ -43,5 +43,5 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "perdure needs Python 3.11 or newer; this is " + sys.version.split()[0] + " (set PYTHON=...)")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[worker,demo,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --use-pep517 -c constraints.txt -e '.[worker,demo,dev]'
 	@touch $@
