@@ -42,11 +42,13 @@ def wanted(model: Path, tokenizer: Tokenizer) -> tuple[list[list[int]], list[flo
     """transformers' greedy tokens after each opening, and its sum of log probabilities for each page."""
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     theirs.generation_config.eos_token_id = None
-    tokens: list[list[int]] = []
-    for opening in OPENINGS:
-        ids = torch.tensor([tokenizer.encode(opening).ids])
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=COUNT, do_sample=False)
-        tokens.append(out[0, ids.shape[1] :].tolist())
+    prompts = [tokenizer.encode(opening).ids for opening in OPENINGS]
+    # In one batch, padded on the left: in float32 its tokens are those of each prompt alone.
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = theirs.generate(ids, attention_mask=mask, max_new_tokens=COUNT, do_sample=False)
+    tokens: list[list[int]] = out[:, width:].tolist()
     sums: list[float] = []
     for page in pages(lambda text: tokenizer.encode(text).ids):
         ids = torch.tensor(page)
