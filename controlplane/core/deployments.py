@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -322,20 +323,21 @@ def _spec(state: ClusterState, replica: Replica) -> ReplicaSpec:
 
 
 def _free_nodes(state: ClusterState) -> list[FreeNode]:
-    taken = {
-        (member.node, member.device)
-        for replica in state.replicas.values()
-        if replica.holds_devices
-        for member in replica.members
-    }
-    return [_free_node(state, node, taken) for node in state.nodes.values() if node.placeable]
+    taken: dict[NodeId, set[str]] = defaultdict(set)
+    for replica in state.replicas.values():
+        if replica.holds_devices:
+            for member in replica.members:
+                taken[member.node].add(member.device)
+    return [_free_node(state, node, taken[node.node]) for node in state.nodes.values() if node.placeable]
 
 
-def _free_node(state: ClusterState, node: Node, taken: set[tuple[NodeId, str]]) -> FreeNode:
+def _free_node(state: ClusterState, node: Node, taken: set[str]) -> FreeNode:
+    if len(taken) >= len(node.devices):
+        return FreeNode(node=node.node, host=node.host, free=())
     devices = [
         FreeDevice(device=device.id, held=_held(state, node, device.id))
         for device in node.devices
-        if (node.node, device.id) not in taken and device.id not in node.sick and _is_up(node, device.id)
+        if device.id not in taken and device.id not in node.sick and _is_up(node, device.id)
     ]
     return FreeNode(node=node.node, host=node.host, free=tuple(devices))
 

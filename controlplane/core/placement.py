@@ -109,7 +109,8 @@ class _Stock:
     def _top(self, deployment: DeploymentId, ranks: int) -> NodeId | None:
         heap = self._heaps.get((deployment, ranks))
         if heap is None:
-            heap = [self._standing(deployment, ranks, node) for node in self.nodes.values()]
+            fitting = (node for node in self.nodes.values() if len(node.free) >= ranks)
+            heap = [self._standing(deployment, ranks, node) for node in fitting]
             heapify(heap)
             self._heaps[deployment, ranks] = heap
         while heap:

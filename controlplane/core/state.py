@@ -152,10 +152,13 @@ class ClusterState:
 
     def driver(self, replica: Replica) -> Node | None:
         """The node of rank 0, if all the replica's nodes have a live session."""
-        nodes = [self.nodes.get(name) for name in replica.nodes]
-        if not nodes or any(node is None or not is_session_live(node) for node in nodes):
-            return None
-        return nodes[0]
+        driver: Node | None = None
+        for name in replica.nodes:
+            node = self.nodes.get(name)
+            if node is None or not is_session_live(node):
+                return None
+            driver = driver or node
+        return driver
 
     def mint_session(self) -> SessionId:
         self.sessions += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -58,8 +57,6 @@ class Client:
     # "finished", "left", "cut" (its gateway died), "lost" (nobody could go on with it), or the failure's name; "" while
     # it is open.
     outcome: str = ""
-    sent_at: float = 0.0
-    ended_at: float = 0.0
 
     @property
     def open(self) -> bool:
@@ -67,7 +64,6 @@ class Client:
 
     def send(self) -> None:
         """Over the client's connection into its gateway."""
-        self.sent_at = self.kernel.now
         if not self.gateway.process.alive:
             self.end("cut")
             return
@@ -182,7 +178,7 @@ class Client:
 
     def end(self, outcome: str) -> None:
         assert self.open
-        self.outcome, self.ended_at = outcome, self.kernel.now
+        self.outcome = outcome
         self.kernel.tell("client", "request_ended", request=self.request, outcome=outcome)
 
 
@@ -193,7 +189,6 @@ class Crowd:
         self.kernel = kernel
         self.holders = holders
         self.clients: dict[RequestId, Client] = {}
-        self.outcomes: Counter[str] = Counter()
         self._beginnings = [self._tokens(12) for _ in range(4)]
 
     def _tokens(self, count: int) -> list[int]:

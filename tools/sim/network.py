@@ -35,7 +35,6 @@ class Side:
     """One end of a connection."""
 
     __slots__ = (
-        "_backed_up",
         "_flying",
         "_held",
         "_last_arrival",
@@ -65,7 +64,6 @@ class Side:
         self._held: deque[Any] = deque()
         self._flying = 0
         self._last_arrival = 0.0
-        self._backed_up = False
 
     @property
     def idle(self) -> bool:
@@ -228,7 +226,7 @@ class Network:
 
     def killed(self, process: Process, eof_after: float | None) -> None:
         """Its kernel says so to every peer, unless the whole machine went (None): then only pings do."""
-        for side in self._sides_of(process):
+        for side in self.sides_of(process):
             if eof_after is None:
                 self._doubt(side.peer)
             elif not side.closed:
@@ -240,7 +238,7 @@ class Network:
 
     def stopped(self, process: Process) -> None:
         """Peers of a stopped process hear no pings."""
-        for side in self._sides_of(process):
+        for side in self.sides_of(process):
             self._doubt(side.peer)
 
     def cut(self, source: str, target: str) -> None:
@@ -265,14 +263,12 @@ class Network:
 
     def break_connections(self, process: Process) -> None:
         """Every connection of the process ends under living peers."""
-        for side in self._sides_of(process):
+        for side in self.sides_of(process):
             side.cut()
             side.peer.cut()
 
     def sides_of(self, process: Process) -> list[Side]:
-        return self._sides_of(process)
-
-    def _sides_of(self, process: Process) -> list[Side]:
+        """This end of every connection of the process."""
         return [side for side in self._sides if side.process is process]
 
     def _doubt(self, side: Side) -> None:

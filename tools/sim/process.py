@@ -105,7 +105,6 @@ class Process:
         self.stopped = False
         # Its loop is stuck while other threads answer pings.
         self.hung = False
-        self.stopped_since = 0.0
         self._rate = rate
         self._born = kernel.now
         self._jumped = kernel.random.uniform(100.0, 10_000.0)
@@ -195,7 +194,6 @@ class Process:
     def stop(self, *, hung: bool = False) -> None:
         if self.alive and not self.stopped:
             self.hung, self.stopped = hung, not hung
-            self.stopped_since = self.kernel.now
 
     def go_on(self) -> None:
         """Run again: what came meanwhile is handled now, timers and news in either order."""

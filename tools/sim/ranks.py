@@ -54,7 +54,6 @@ class RankHouse:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.forks_fail = False
-        self.poison_kills = 0
         self._pids = 1000
         self._locks: dict[tuple[str, str], SimRank] = {}
         self._meshes: dict[tuple[ReplicaId, Epoch, str], Mesh] = {}
@@ -83,9 +82,6 @@ class RankHouse:
 
     def of_daemon(self, daemon: Process) -> list[SimRank]:
         return [rank for rank in self.all if rank.daemon is daemon and rank.alive]
-
-    def forget_meshes(self) -> None:
-        self._meshes = {key: mesh for key, mesh in self._meshes.items() if not mesh.broken}
 
 
 class SimRank(Process):
@@ -278,7 +274,6 @@ class SimRank(Process):
             rank.progress += 1
             rank.collective += not rank.stuck and rank.runs
         if self.engine.poisoned:
-            self._house.poison_kills += 1
             self.later(STEP_S[0], lambda: self.die(code=1))
             return
         self.later(self.kernel.random.uniform(*STEP_S) * self.slow, self._land, begun.epoch)

@@ -54,9 +54,6 @@ class Safety:
     def process_died(self, control_plane: ControlPlane) -> None:
         self._leaders.duties.pop(control_plane.coordinator.incarnation, None)
 
-    def store_restored(self) -> None:
-        """etcd forgets, and may be told again what it forgot."""
-
     def txn(self, txn: Txn, succeeded: bool) -> None:
         """A leader's writes are guarded by the leader key's value; nothing stands in etcd for a request."""
         writes = [op for op in (txn.success if succeeded else txn.failure) if not isinstance(op, Get)]

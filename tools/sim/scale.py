@@ -64,8 +64,6 @@ BATCH = 32
 """Requests of one Route frame."""
 TICKS_MAX = 200
 SIZES = "125,250,500,1000"
-WORST_GROWTH = 1.25
-"""Exponent above which a fit over these sizes is no n·log n any more (which fits as 1.15 here)."""
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from controlplane.runtime.ids import (
     Term,
 )
 from controlplane.runtime.messages.common import Capacity, Device, Head, Permit, RankPhase
-from controlplane.runtime.messages.route import GatewayHeartbeat, GatewayHello, GatewayWelcome, Inventory
+from controlplane.runtime.messages.route import GatewayHeartbeat, GatewayHello, GatewayWelcome
 from controlplane.runtime.messages.session import (
     AbortGroup,
     AttachUp,
@@ -185,6 +185,3 @@ class Gateway(_Peer):
     def take(self, body: object) -> None:
         if isinstance(body, GatewayWelcome):
             self.session = body.session
-
-    def inventory(self) -> Inventory:
-        return Inventory(journals=(), last=True)

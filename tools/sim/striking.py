@@ -177,7 +177,6 @@ class Striker:
 
     def _etcd_restore(self, target: str, fault: Fault) -> Ends:
         if self._world.snapshots:
-            self._world.safety.store_restored()
             self._world.etcd.restore(self._world.snapshots[-1])
         return None
 
