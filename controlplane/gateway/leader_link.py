@@ -75,7 +75,7 @@ class LeaderSource(Protocol):
 class RouteOwner(Protocol):
     """Whom the link serves; every method returns at once."""
 
-    def leader_opened(self) -> Iterable[Inventory]: ...
+    def leader_opened(self, term: Term) -> Iterable[Inventory]: ...
 
     def leader_lost(self) -> None: ...
 
@@ -237,7 +237,7 @@ class LeaderLink:
 
     async def _hold(self, session: _Session) -> str:
         """The session from its welcome to its end, which is what it returns or raises."""
-        for chunk in self._owner.leader_opened():
+        for chunk in self._owner.leader_opened(session.term):
             session.send(chunk)
         self._session = session
         self.lost_at = None

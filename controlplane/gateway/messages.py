@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NewType
 
-from controlplane.runtime.ids import DeploymentId, NodeId, RequestId
+from controlplane.runtime.ids import DeploymentId, NodeId, RequestId, Term
 from controlplane.runtime.messages.common import Reason, Sampling
 from controlplane.runtime.messages.route import EndEntry, FirstToken, JournalInfo, RouteDown, RouteEntry
 from controlplane.runtime.messages.serve import (
@@ -126,6 +126,8 @@ class ClientDrained:
 @dataclass(frozen=True, slots=True)
 class LeaderOpened:
     """A session with a leader began: it has taken, or is about to take, the inventory of this very moment."""
+
+    term: Term = Term(0)
 
 
 @dataclass(frozen=True, slots=True)

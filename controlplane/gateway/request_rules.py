@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from controlplane.gateway import leaderless
 from controlplane.gateway.journal import ChoiceJournal, Journal, Placement
 from controlplane.gateway.messages import (
     AskRoute,
     ConnectWorker,
+    Counted,
     Effect,
     Failed,
     Failure,
@@ -29,11 +31,16 @@ _JITTER_DIGITS = 8
 
 
 def ask(state: GatewayState, journal: Journal, now: float) -> list[Effect]:
-    """Ask the leader where the attempt may run. Without a leader its inventory will ask."""
+    """Ask the leader where the attempt may run. Without one its successor's inventory will ask, unless that takes so
+    long that the last replica table must do."""
     journal.ask_at = None
     if state.leader_up:
         return [AskRoute(journal.entry(now))]
+    if leaderless.may_route(state, now) and (routed := leaderless.route(state, journal)) is not None:
+        return [Counted("routed_leaderless"), *place(state, journal, routed, now)]
     starve(state, journal, now)
+    if state.leaderless_from is not None:
+        journal.ask_at = state.wake_at(max(state.leaderless_from, now + state.timings.heartbeat_interval), journal)
     return []
 
 

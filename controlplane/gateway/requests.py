@@ -50,7 +50,7 @@ from controlplane.gateway.state import GatewayState
 from controlplane.gateway.step import step
 from controlplane.gateway.worker_streams import WorkerStreams
 from controlplane.runtime.clock import Clock
-from controlplane.runtime.ids import RequestId
+from controlplane.runtime.ids import RequestId, Term
 from controlplane.runtime.messages.common import Reason
 from controlplane.runtime.messages.route import Inventory, JournalPhase, ReplicaTable, RouteDown
 from controlplane.runtime.messages.serve import ServeDown
@@ -154,9 +154,9 @@ class Requests:
 
     # ------------------------------------------------------------ the leader's link
 
-    def leader_opened(self) -> Iterable[Inventory]:
+    def leader_opened(self, term: Term) -> Iterable[Inventory]:
         chunks = list(self.state.inventory(self._clock.now()))
-        self._post(LeaderOpened())
+        self._post(LeaderOpened(term))
         return chunks
 
     def leader_lost(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from controlplane.gateway.messages import Counted, Effect, Failure, WorkerKey
 from controlplane.gateway.request_rules import CRASHES_MAX, ask, ask_later, fail, move_on, place, starve, want_worker
 from controlplane.gateway.state import GatewayState
+from controlplane.runtime.ids import Term
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
     CancelRequest,
@@ -34,9 +35,10 @@ PLANNED_KINDS = frozenset({ReasonKind.DRAINING, ReasonKind.REPLACED, ReasonKind.
 """Reasons of a change that was asked for: it costs a request no retry."""
 
 
-def on_leader_opened(state: GatewayState, now: float) -> list[Effect]:
+def on_leader_opened(state: GatewayState, term: Term) -> list[Effect]:
     """The inventory asks for every journal in ROUTING; nothing has starved yet under this leader."""
     state.leader_up = True
+    state.term = max(state.term, term)
     for journal in state.journals.values():
         journal.starved_since = journal.ask_at = None
     return []
@@ -44,10 +46,12 @@ def on_leader_opened(state: GatewayState, now: float) -> list[Effect]:
 
 def on_leader_lost(state: GatewayState, now: float) -> list[Effect]:
     state.leader_up = False
+    state.leaderless_from = now + 2 * state.timings.heartbeat_interval
+    effects: list[Effect] = []
     for journal in state.journals.values():
         if journal.phase == JournalPhase.ROUTING:
-            starve(state, journal, now)
-    return []
+            effects += ask(state, journal, now)
+    return effects
 
 
 def on_leader_said(state: GatewayState, body: RouteDown, now: float) -> list[Effect]:
@@ -79,6 +83,7 @@ def on_routed(state: GatewayState, routed: Routed, now: float) -> list[Effect]:
     journal = state.journals.get(routed.permit.request)
     if journal is None or journal.phase != JournalPhase.ROUTING or routed.permit.attempt != journal.attempt:
         return [Counted("routed_stale")]
+    state.term = max(state.term, routed.permit.term)
     return place(state, journal, routed, now)
 
 

@@ -10,7 +10,7 @@ from enum import Enum
 
 from controlplane.gateway.journal import ChoiceJournal, Journal
 from controlplane.gateway.messages import WorkerKey
-from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId, RequestId, Slot
+from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId, RequestId, Slot, Term
 from controlplane.runtime.messages.common import ReplicaPhase
 from controlplane.runtime.messages.route import Inventory, JournalPhase, ReplicaEpoch, ReplicaRow
 from controlplane.runtime.messages.serve import Shadow
@@ -78,6 +78,10 @@ class GatewayState:
     max_retries: dict[DeploymentId, int] = field(default_factory=dict[DeploymentId, int])
     searches: dict[RequestId, Search] = field(default_factory=dict[RequestId, Search])
     leader_up: bool = False
+    # Highest term that a leader or a permit had.
+    term: Term = Term(0)
+    # From when on requests are routed without a leader; None before there was one.
+    leaderless_from: float | None = None
     # Prompt and delivered tokens of all journals.
     journal_tokens: int = 0
     last_slot: int = 0

@@ -55,7 +55,7 @@ def step(state: GatewayState, event: Event, now: float) -> list[Effect]:
         case ClientGone():
             return on_client_gone(state, event)
         case LeaderOpened():
-            return on_leader_opened(state, now)
+            return on_leader_opened(state, event.term)
         case LeaderLost():
             return on_leader_lost(state, now)
         case WorkerUp():

@@ -254,7 +254,7 @@ class SimLeaderLink:
         return answer if isinstance(answer, GatewayWelcome) and answer.term >= term else None
 
     async def _hold(self, session: _Session) -> None:
-        for chunk in self._gateway.requests.leader_opened():
+        for chunk in self._gateway.requests.leader_opened(session.term):
             session.send(chunk)
         self._session = session
         self._backoff.reset()
