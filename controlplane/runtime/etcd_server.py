@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import os
+import random
 import re
 import shutil
 import socket
@@ -24,6 +26,9 @@ from controlplane.runtime.race import within
 from controlplane.runtime.timing import ETCD_START_S, ETCD_STOP_S, Timings, derive_timings
 
 log = structlog.get_logger()
+
+PORTS_FROM = 10_240
+PORT_TRIES = 64
 
 LOSSY_VERSIONS = ("3.5.0", "3.5.1", "3.5.2")
 """May lose data when killed (etcd-io/etcd#13766)."""
@@ -274,10 +279,26 @@ def election_timeout_ms(lease_ttl: int) -> int:
 
 
 def free_port(host: str) -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+    """A TCP port that was free a moment ago, and that no outgoing connection takes while its owner is away: below the
+    range from which the kernel gives those theirs, wherever there is room."""
+    room = range(PORTS_FROM, max(PORTS_FROM, _first_outgoing_port()))
+    for port in (*random.sample(room, min(len(room), PORT_TRIES)), 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            return probe.getsockname()[1]
+    raise AssertionError("a port of the kernel's own choice is free")
+
+
+def _first_outgoing_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def refuse_busy_port(host: str, port: int) -> None:

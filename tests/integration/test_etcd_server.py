@@ -13,7 +13,14 @@ import pytest
 
 from controlplane.runtime import host
 from controlplane.runtime.errors import Rejected
-from controlplane.runtime.etcd_server import EtcdBinary, EtcdChild, election_timeout_ms, find_etcd, free_port
+from controlplane.runtime.etcd_server import (
+    PORTS_FROM,
+    EtcdBinary,
+    EtcdChild,
+    election_timeout_ms,
+    find_etcd,
+    free_port,
+)
 from controlplane.runtime.keys import Keys
 from controlplane.runtime.timing import derive_timings
 from tests.support.cluster import ROOT, eventually
@@ -161,3 +168,10 @@ async def test_it_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     process.kill()
     await process.wait()
     await eventually("etcd is gone", lambda: host.process_is_dead(pid))
+
+
+def test_a_free_port_is_not_one_that_outgoing_connections_take():
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [free_port("127.0.0.1") for _ in range(20)]
+    assert all(port < first_outgoing for port in ports) or first_outgoing <= PORTS_FROM
+    assert len(set(ports)) > 1
