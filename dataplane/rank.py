@@ -305,7 +305,7 @@ _FAILURES = {
     "prepare": ReasonKind.GROUP_FAILED,
     "form": ReasonKind.GROUP_FAILED,
     "load": ReasonKind.LOAD_FAILED,
-    "step": ReasonKind.DEVICE_SICK,
+    "step": ReasonKind.ENGINE_FAULT,
 }
 
 
@@ -316,4 +316,6 @@ def _reason(error: Exception, during: str) -> Reason:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return Reason(kind=ReasonKind.OUT_OF_MEMORY, text=text)
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in text:
+        return Reason(kind=ReasonKind.DEVICE_SICK, text=text)
     return Reason(kind=_FAILURES[during], text=text)

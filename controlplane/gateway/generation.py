@@ -251,9 +251,7 @@ class Generator:
             priority=asked.priority,
             tenant=asked.tenant,
             tenant_salt=salt,
-            prefix_hashes=prefix_hashes(
-                packed, model.block_tokens, salt=salt, model=model.model_path, numerics=model.numerics
-            ),
+            prefix_hashes=prefix_hashes(packed, model.block_tokens, salt=salt, fingerprint=model.fingerprint),
             render=_render_blob(asked, place),
             deadline=self.clock.now() + min(patience, asked.deadline_s or patience),
         )

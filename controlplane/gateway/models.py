@@ -42,6 +42,11 @@ class ServedModel:
         return self.tokenizer.context_tokens if self.tokenizer is not None else 0
 
     @property
+    def fingerprint(self) -> str:
+        """What seeds its replicas' prefix hashes; "" before one has loaded."""
+        return next((capacity.fingerprint for capacity in self.capacities.values()), "")
+
+    @property
     def block_tokens(self) -> int:
         return min((capacity.block_tokens for capacity in self.capacities.values()), default=BLOCK_TOKENS_DEFAULT)
 

@@ -13,14 +13,15 @@ _EACH_UP_TO = 64
 _PER_OCTAVE = 32
 
 
-def prefix_hashes(prompt: bytes, block_tokens: int, *, salt: str, model: str, numerics: str) -> tuple[int, ...]:
+def prefix_hashes(prompt: bytes, block_tokens: int, *, salt: str, fingerprint: str) -> tuple[int, ...]:
     """64-bit hashes of the prompt's prefixes, shortest first, at most HASHES_MAX.
 
-    `prompt` is packed u32. The chain is seeded, so that tenants with different salts never meet. Every one of the
+    `prompt` is packed u32. The chain is seeded as the replica's own block cache is (dataplane/engine/blocks.py), so
+    that its digests tell what it holds of a prompt, and that tenants with different salts never meet. Every one of the
     first 64 whole blocks has its hash; beyond that 32 evenly spaced ones stand for each doubling, at places that do
     not depend on the prompt's length.
     """
-    parts = [part.encode() for part in (salt, model, numerics)]
+    parts = [part.encode() for part in (salt, fingerprint, "")]
     joined = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
     chain = blake2b(joined, digest_size=_CHAIN_BYTES).digest()
     block_bytes = block_tokens * _TOKEN_BYTES

@@ -21,7 +21,7 @@ STAGES = {
 }
 """The answer that each phase owes the leader."""
 
-BLAMING = (ReasonKind.NO_PROGRESS, ReasonKind.OUT_OF_MEMORY, ReasonKind.DEVICE_SICK)
+BLAMING = (ReasonKind.NO_PROGRESS, ReasonKind.OUT_OF_MEMORY, ReasonKind.DEVICE_SICK, ReasonKind.ENGINE_FAULT)
 """Ends that the sequences of an unfinished step may have caused; a lost peer or a planned change says nothing."""
 
 OPEN = (*STAGES, ReplicaPhase.READY)

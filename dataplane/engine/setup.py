@@ -94,6 +94,7 @@ def capacity(limits: Limits) -> Capacity:
         max_sequences=limits.max_sequences,
         max_batch_tokens=limits.max_batch_tokens,
         max_model_tokens=limits.max_model_tokens,
+        fingerprint=limits.fingerprint,
     )
 
 

@@ -77,7 +77,7 @@ class Client:
             sampling=self.sampling,
             seeds=self.seeds,
             priority=self.priority,
-            prefix_hashes=prefix_hashes(pack_u32(self.prompt), BLOCK_TOKENS, salt="", model="m", numerics="exact"),
+            prefix_hashes=prefix_hashes(pack_u32(self.prompt), BLOCK_TOKENS, salt="", fingerprint="m"),
             deadline=self.gateway.process.now() + DEADLINE_S,
         )
         self.gateway.requests.open(asked, self)

@@ -39,6 +39,8 @@ class ReasonKind(IntEnum):
     ADMIN = 24
     STORE_UNAVAILABLE = 25
     UNKNOWN_ID = 26
+    # The engine's own error in a step; the device is well.
+    ENGINE_FAULT = 27
 
 
 class PermitMode(IntEnum):
@@ -193,6 +195,8 @@ class Capacity:
     max_sequences: int
     max_batch_tokens: int
     max_model_tokens: int
+    # Seeds its prefix hashes, together with the tenant's salt; the same for replicas that could share blocks.
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

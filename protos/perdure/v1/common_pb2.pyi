@@ -36,6 +36,7 @@ class ReasonKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_KIND_ADMIN: _ClassVar[ReasonKind]
     REASON_KIND_STORE_UNAVAILABLE: _ClassVar[ReasonKind]
     REASON_KIND_UNKNOWN_ID: _ClassVar[ReasonKind]
+    REASON_KIND_ENGINE_FAULT: _ClassVar[ReasonKind]
 
 class PermitMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -92,6 +93,7 @@ REASON_KIND_RETRIES_EXHAUSTED: ReasonKind
 REASON_KIND_ADMIN: ReasonKind
 REASON_KIND_STORE_UNAVAILABLE: ReasonKind
 REASON_KIND_UNKNOWN_ID: ReasonKind
+REASON_KIND_ENGINE_FAULT: ReasonKind
 PERMIT_MODE_UNSPECIFIED: PermitMode
 PERMIT_MODE_LEADER: PermitMode
 PERMIT_MODE_LEADERLESS: PermitMode
@@ -244,18 +246,20 @@ class ReplicaSpec(_message.Message):
     def __init__(self, deployment: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., numerics: _Optional[str] = ..., load_format: _Optional[str] = ..., degrees: _Optional[_Union[ParallelDegrees, _Mapping]] = ..., backend: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ..., disable_cuda_graph: _Optional[bool] = ..., mem_fraction_static: _Optional[float] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., enable_prefix_cache: _Optional[bool] = ..., overlap: _Optional[str] = ...) -> None: ...
 
 class Capacity(_message.Message):
-    __slots__ = ("total_blocks", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens")
+    __slots__ = ("total_blocks", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens", "fingerprint")
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     block_tokens: int
     max_sequences: int
     max_batch_tokens: int
     max_model_tokens: int
-    def __init__(self, total_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ...) -> None: ...
+    fingerprint: str
+    def __init__(self, total_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "max_tokens", "min_tokens", "ignore_eos", "stop_ids", "logit_bias", "logprobs", "prompt_logprobs")

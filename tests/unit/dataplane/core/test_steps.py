@@ -129,7 +129,10 @@ def test_a_rank_that_breaks_the_protocol_is_killed(fault: str) -> None:
     assert [effect.device for effect in effects if isinstance(effect, KillRank)] == ["cpu:0"]
 
 
-@pytest.mark.parametrize(("kind", "blamed"), [(ReasonKind.DEVICE_SICK, True), (ReasonKind.GROUP_FAILED, False)])
+@pytest.mark.parametrize(
+    ("kind", "blamed"),
+    [(ReasonKind.DEVICE_SICK, True), (ReasonKind.ENGINE_FAULT, True), (ReasonKind.GROUP_FAILED, False)],
+)
 def test_a_step_that_failed_for_a_lost_peer_blames_no_request(kind: ReasonKind, blamed: bool) -> None:
     worker = serving()
     worker.open("g", "a")
