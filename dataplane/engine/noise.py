@@ -10,6 +10,10 @@ Shape letters: M rows, C candidates.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,7 +41,13 @@ def mix(word: int) -> int:
 
 def keys(words: list[int], device: torch.device) -> Tensor:
     """(M,) int32 of `draw_key`s."""
-    return torch.tensor([_signed(word) for word in words], dtype=torch.int32, device=device)
+    return place(np.array(words, dtype=np.uint32).view(np.int32), device)
+
+
+def place(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Values on the device, without waiting for it: pageable memory would."""
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def token_words(ids: Tensor) -> Tensor:

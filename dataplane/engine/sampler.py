@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from controlplane.runtime.messages.common import Sampling
-from dataplane.engine.noise import draw_key, gumbel, keys, token_words, uniform
+from dataplane.engine.noise import draw_key, gumbel, keys, place, token_words, uniform
 
 CANDIDATES = 256
 """Filters look at so many of a row's largest logits first: enough for almost any text, and an eighth of the time that
@@ -30,6 +30,9 @@ CANDIDATES_MORE = 4096
 
 CHUNK_ELEMENTS = 1 << 18
 """Rows are drawn in chunks of about so many logits, which a core's cache holds."""
+
+CHUNK_ELEMENTS_GPU = 1 << 22
+"""And of so many on a GPU, which wants much work at a time; sorting them takes some ten times their memory."""
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this take the arg-max."""
@@ -75,7 +78,8 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._words_V = token_words(torch.arange(vocab_size, device=device))
         self._device = device
-        self._chunk_rows = max(CHUNK_ELEMENTS // vocab_size, 1)
+        elements = CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS_GPU
+        self._chunk_rows = max(elements // vocab_size, 1)
 
     def sample(self, logits_NV: Tensor, rows: Sequence[SampleRow | None], best_N: Tensor | None = None) -> Tensor:
         """(N,) int64 token ids, still on the device; -1 where a row's logits are no numbers. A row of None gets the
@@ -91,7 +95,7 @@ class Sampler:
         for draw, indices in self._by_kind(rows):
             for start in range(0, len(indices), self._chunk_rows):
                 chunk = indices[start : start + self._chunk_rows]
-                index_M = torch.tensor(chunk, device=self._device)
+                index_M = place(np.array(chunk), self._device)
                 chosen = [row for i in chunk if (row := rows[i]) is not None]
                 tokens_N[index_M] = draw(logits_NV.index_select(0, index_M).float(), chosen)
         return tokens_N.masked_fill_(sick_N, -1)
@@ -148,7 +152,8 @@ class Sampler:
     def _draw_cut(self, logits_MV: Tensor, rows: list[SampleRow]) -> Tensor:
         """Rows of which any number of tokens may stay: as many candidates are taken as hold them all."""
         keys_M = self._scale(logits_MV, rows)
-        if logits_MV.shape[1] <= CANDIDATES_MORE:
+        if self._device.type != "cpu" or logits_MV.shape[1] <= CANDIDATES_MORE:
+            # All rows at once; whether fewer candidates are enough would be a question to wait for.
             values_MV, ids_MV = logits_MV.sort(descending=True)
             return self._draw_among(values_MV, ids_MV, self._lowest(values_MV, rows, None), keys_M)
         floor_M1 = logits_MV.amax(-1, keepdim=True) + self._column([_log(row.sampling.min_p) for row in rows])
@@ -162,8 +167,7 @@ class Sampler:
 
     def _draw_row(self, logits_1V: Tensor, floor_1: Tensor, total_11: Tensor, key_1: Tensor, row: SampleRow) -> Tensor:
         sampling = row.sampling
-        # Elsewhere the question whether a few are enough would stop the host.
-        widths = (CANDIDATES, CANDIDATES_MORE) if self._device.type == "cpu" and not sampling.top_k else ()
+        widths = (CANDIDATES, CANDIDATES_MORE) if not sampling.top_k else ()
         for width in widths:
             values_1C, ids_1C = logits_1V.topk(width)
             if _holds_all(values_1C[0], floor_1, total_11[0], sampling.top_p):
@@ -200,7 +204,7 @@ class Sampler:
         return keys([draw_key(row.sampling.seed, row.position) for row in rows], self._device)
 
     def _column(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(-1)
+        return place(np.array(values, dtype=np.float32), self._device).unsqueeze(-1)
 
 
 _Draw = Callable[[Tensor, list[SampleRow]], Tensor]
@@ -213,7 +217,7 @@ def adjust(logits_MV: Tensor, rows: Sequence[SampleRow]) -> None:
         sampling = row.sampling
         if sampling.logit_bias:
             ids = _ids(sampling.logit_bias.keys(), logits_V)
-            logits_V[ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits_V.device)
+            logits_V[ids] += place(np.array(list(sampling.logit_bias.values()), dtype=np.float32), logits_V.device)
         if row.forbids_stop:
             logits_V[_ids(row.stop_ids, logits_V)] = _OUT
         if row.has_penalties:
@@ -225,13 +229,13 @@ def _penalise(logits_V: Tensor, row: SampleRow) -> None:
     sampling = row.sampling
     tokens = np.asarray(row.tokens, dtype=np.int64)
     if sampling.repetition_penalty != 1:
-        seen = torch.from_numpy(np.unique(tokens)).to(logits_V.device)
+        seen = place(np.unique(tokens), logits_V.device)
         values = logits_V[seen]
         penalty = sampling.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
     ids, counts = np.unique(tokens[row.prompt_length :], return_counts=True)
-    said = torch.from_numpy(ids).to(logits_V.device)
-    times = torch.from_numpy(counts).to(logits_V.device, torch.float32)
+    said = place(ids, logits_V.device)
+    times = place(counts.astype(np.float32), logits_V.device)
     logits_V[said] -= times * sampling.frequency_penalty + sampling.presence_penalty
 
 
@@ -243,7 +247,7 @@ def _holds_all(values_C: Tensor, floor_1: Tensor, total_1: Tensor, mass: float) 
 
 
 def _ids(ids: Iterable[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(ids), dtype=torch.long, device=like.device)
+    return place(np.array(list(ids), dtype=np.int64), like.device)
 
 
 def _log(share: float) -> float:

@@ -67,8 +67,7 @@ def _gaps(engine: Engine) -> float:
         for _ in range(_STEPS):
             engine.step()
         torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    events = (event for event in run.events() or () if event.device_type == cuda)
+    events = (event for event in run.events() or () if event.device_type.name == "CUDA")
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     first = end = spans[0][0]
     busy = 0.0
