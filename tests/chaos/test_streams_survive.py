@@ -152,6 +152,26 @@ async def test_etcd_is_killed_and_restarted(cluster: Cluster, undisturbed: list[
     await one_request(cluster)
 
 
+async def test_leader_and_etcd_are_both_away(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    leader = await cluster.leader()
+    (other,) = [name for name in cluster.controlplanes if name != leader.name]
+    victim = (await cluster.ranks())[0]
+    running = wave(cluster, other)
+    await running.reach(30)
+    await cluster.etcd.kill()
+    leader.kill()
+    killed = time.monotonic()
+    await one_request(cluster, other)
+    accepted_after = time.monotonic() - killed
+    os.kill(victim["pid"], signal.SIGKILL)
+    await one_request(cluster, other)
+    streams = await running.finish()
+    report(f"leader and etcd SIGKILL (a new request was served after {accepted_after * 1000:.0f} ms)", streams)
+    assert_identical(streams, undisturbed, TOKENS)
+    await cluster.etcd.start()
+    await heal(cluster, leader)
+
+
 async def test_a_worker_is_drained_by_sigterm(cluster: Cluster, undisturbed: list[Stream]) -> None:
     running = wave(cluster)
     await running.reach(30)
