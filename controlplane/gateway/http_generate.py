@@ -91,14 +91,16 @@ class GenerateHandlers:
             raise bad("last_event_id", str(error)) from error
         with await self._resumer.open(RequestId(name), at) as generation:
             usage = generation.asked.include_usage
-            return await stream(http, generation, _shape(generation), include_usage=usage, at=at)
+            answer_s = self._generator.limits.answer_s
+            return await stream(http, generation, _shape(generation), include_usage=usage, answer_s=answer_s, at=at)
 
     async def _answer(self, http: web.Request, request: GenerationRequest, asked: Asked) -> web.StreamResponse:
         with self._generator.open(asked) as generation:
             shape = _shape(generation)
             if not request.stream:
                 return await _whole(generation, shape)
-            return await stream(http, generation, shape, include_usage=request.include_usage)
+            answer_s = self._generator.limits.answer_s
+            return await stream(http, generation, shape, include_usage=request.include_usage, answer_s=answer_s)
 
     async def _parse(self, http: web.Request, kind: type[R]) -> R:
         if http.content_type != "application/json":

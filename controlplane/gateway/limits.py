@@ -22,7 +22,9 @@ class GatewayLimits:
     open_requests_max: int = 8192
     # A request that is not done by then ends with an error; the usual patience of OpenAI clients.
     request_deadline_s: float = 600.0
-    # A comment line in a stream that has nothing to say, so that no proxy cuts it.
+    # How long a stream's status waits for its first token: until then a refusal has a status of its own.
+    answer_s: float = 15.0
+    # A comment line in a stream that has nothing to say, so that no proxy cuts it and clients notice a stopped gateway.
     keepalive_s: float = 1.0
     # How long `stop` lets open streams go on.
     stop_grace_s: float = 30.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -23,15 +24,20 @@ _HEADERS = {
 
 
 async def stream(
-    http: web.Request, generation: Generation, shape: Shape, *, include_usage: bool, at: Position | None = None
+    http: web.Request,
+    generation: Generation,
+    shape: Shape,
+    *,
+    include_usage: bool,
+    answer_s: float,
+    at: Position | None = None,
 ) -> web.StreamResponse:
     """Write events until the generation ends. `at`: where the client of a resumed stream is; what goes wrong is then an
-    event, else it is raised as long as nothing was written."""
+    event, else it is raised as long as nothing was written. The status waits `answer_s` for the first token."""
     writer = EventWriter(generation, shape, at or Position())
     pieces: list[Piece] = []
     if at is None:
-        pieces = await generation.feed.news()
-        generation.check()
+        pieces = await _first_news(generation, answer_s)
     response = web.StreamResponse(headers={**_HEADERS, STREAM_HEADER: generation.request})
     await response.prepare(http)
     if at is None:
@@ -42,6 +48,17 @@ async def stream(
     await response.write(writer.ending(with_usage=include_usage))
     await response.write_eof()
     return response
+
+
+async def _first_news(generation: Generation, answer_s: float) -> list[Piece]:
+    """Raises ApiError for a generation that fails so soon."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + answer_s
+    pieces: list[Piece] = []
+    while not pieces and not generation.feed.over and loop.time() < deadline:
+        pieces = await generation.feed.news()
+        generation.check()
+    return pieces
 
 
 class EventWriter:

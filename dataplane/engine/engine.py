@@ -226,7 +226,8 @@ class Engine:
         drawn = given.tokens.wait()
         now = time.perf_counter()
         self.waited_s += now - waiting
-        self._pacer.observe(len(flight.plan.tokens) // 4, now - max(flight.launched, self._landed))
+        prompts = sum(entry.count for entry in entries if entry.count > 1)
+        self._pacer.observe(prompts, now - max(flight.launched, self._landed))
         self._landed = now
         self._describe_prompts(entries, flight.ends, logits_NV)
         tokens = [drawn[end] if entry.samples else 0 for entry, end in zip(entries, flight.ends, strict=True)]

@@ -41,8 +41,8 @@ class Pacer:
         return self._step_s
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """A step of `tokens` took so long. One with few of them tells what any step takes, a longer one what a token
-        adds."""
+        """A step with so many tokens of prompts took so long. One with few of them tells what any step takes, however
+        many sequences decode in it; one with more, what a token adds."""
         self._step_s = _blend(self._step_s, seconds)
         if tokens < _TOKENS_MIN:
             self._base_s = _blend(self._base_s, seconds)

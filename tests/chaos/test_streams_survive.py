@@ -99,6 +99,19 @@ async def test_a_rank_is_killed(cluster: Cluster, undisturbed: list[Stream]) -> 
     assert failure["requests"] > 0
 
 
+async def test_a_worker_daemon_stands_still_for_a_moment(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    """Long enough that gateways give up its connections: streams go on by their cursors, or elsewhere."""
+    running = wave(cluster)
+    for events in (5, 40, 80):
+        await running.reach(events)
+        for daemon in cluster.workers.values():
+            daemon.signal(signal.SIGSTOP)
+        await asyncio.sleep(1.2)
+        for daemon in cluster.workers.values():
+            daemon.signal(signal.SIGCONT)
+    assert_identical(await running.finish(), undisturbed, TOKENS)
+
+
 async def test_a_worker_daemon_is_killed(cluster: Cluster, undisturbed: list[Stream]) -> None:
     running = wave(cluster)
     await running.reach(30)

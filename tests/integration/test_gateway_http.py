@@ -321,7 +321,7 @@ class TestServer:
                 assert stage.leader.ends.pop().outcome is Outcome.CANCELLED
 
     async def test_a_quiet_stream_is_kept_alive_by_comments(self, folder: Path):
-        async with staged(folder, limits=GatewayLimits(keepalive_s=0.05, stop_grace_s=0.1)) as stage:
+        async with staged(folder, limits=GatewayLimits(answer_s=0.05, keepalive_s=0.05, stop_grace_s=0.1)) as stage:
             for worker in stage.workers:
                 worker.step_s = 1e9
             body = {**PROMPT, "stream": True}

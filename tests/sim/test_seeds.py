@@ -1,9 +1,7 @@
-"""A fixed and a fresh range of seeds. A seed that fails prints its number, its faults and the end of its story;
-`python -m tools.sim SEED` prints all of it."""
+"""A fixed range of seeds. A seed that fails prints its number, its faults and the end of its story;
+`python -m tools.sim SEED` prints all of it, and `--minutes` runs fresh ones."""
 
 from __future__ import annotations
-
-import random
 
 import pytest
 
@@ -12,7 +10,6 @@ from tools.sim.run import Outcome, run_seed
 from tools.sim.world import Shape
 
 FIXED = range(10)
-FRESH = 4
 LINES_SHOWN = 60
 
 
@@ -26,12 +23,6 @@ def expect_well(outcome: Outcome) -> None:
 @pytest.mark.parametrize("seed", FIXED)
 def test_fixed_seeds(seed: int) -> None:
     expect_well(run_seed(seed))
-
-
-@pytest.mark.parametrize("number", range(FRESH))
-def test_fresh_seeds(number: int) -> None:
-    """New ones at every run: the number is in the failure."""
-    expect_well(run_seed(random.SystemRandom().randrange(1 << 31)))
 
 
 def test_without_faults_every_request_finishes() -> None:

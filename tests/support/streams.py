@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -128,7 +129,17 @@ def assert_identical(seen: list[Stream], undisturbed: list[Stream], tokens: int)
     for index, (stream, reference) in enumerate(zip(seen, undisturbed, strict=True)):
         assert not stream.error, f"stream {index}: {stream.error} after {len(stream.times)} events"
         assert stream.finish, f"stream {index} ended without a finish"
-        assert stream.text == reference.text, f"stream {index}: text differs"
         if stream.tokens:
             assert stream.indexes == list(range(tokens)), f"stream {index}: indexes {stream.indexes}"
-            assert stream.tokens == reference.tokens, f"stream {index}: tokens differ"
+            assert stream.tokens == reference.tokens, (
+                f"stream {index}: tokens differ from {first_difference(stream.tokens, reference.tokens)} on"
+            )
+        assert stream.text == reference.text, (
+            f"stream {index}: text differs from character {first_difference(stream.text, reference.text)} on"
+        )
+
+
+def first_difference(seen: Sequence[object], reference: Sequence[object]) -> int:
+    """Index of the first item that differs; the shorter length if none does."""
+    differing = (index for index, (a, b) in enumerate(zip(seen, reference, strict=False)) if a != b)
+    return next(differing, min(len(seen), len(reference)))

@@ -25,6 +25,9 @@ PATIENCE_S = 30.0
 
 PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 1.0
 LINE_BYTES_MAX = 1024 * 1024
+ANSWER_MAX_S = 20.0
+"""A gateway answers within 15 s, if only to say that the stream will come."""
+
 SILENCE_MAX_S = 3.0
 """A gateway writes at least a comment a second: one that is silent for so long is stopped, or cut off."""
 
@@ -74,7 +77,7 @@ class StreamClient:
         Raises Refused, or StreamLost.
         """
         progress = _Progress()
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._patience_s / 3, sock_read=SILENCE_MAX_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._patience_s / 3)
         async with aiohttp.ClientSession(
             timeout=timeout, headers=self._headers, read_bufsize=LINE_BYTES_MAX
         ) as session:
@@ -101,7 +104,9 @@ class StreamClient:
             asked = session.get(f"{url}/v1/streams/{progress.stream}", headers=headers)
         else:
             asked = session.post(f"{url}{path}", json=body)
-        async with asked as response:
+        async with asyncio.timeout(ANSWER_MAX_S):
+            response = await asked
+        async with response:
             if response.status != 200:
                 await _refuse(response)
             progress.stream = response.headers.get(STREAM_HEADER, progress.stream)
@@ -127,7 +132,9 @@ async def _refuse(response: aiohttp.ClientResponse) -> None:
 async def _chunks(response: aiohttp.ClientResponse, progress: _Progress) -> AsyncIterator[dict[str, Any]]:
     """The response's events; `progress` moves with each that is complete."""
     event = ""
-    async for line in response.content:
+    while True:
+        async with asyncio.timeout(SILENCE_MAX_S):
+            line = await response.content.readline()
         if not line.endswith(b"\n"):
             # The connection broke within it.
             return
