@@ -139,14 +139,16 @@ async def test_a_stop_string_ends_the_text_before_it(cluster: Cluster) -> None:
 async def test_a_client_that_goes_away_frees_its_sequence(cluster: Cluster) -> None:
     body = {"model": "tiny", "prompt": "Forever", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     async with httpx.AsyncClient() as http, http.stream("POST", f"{cluster.url()}/v1/completions", json=body) as reply:
-        async for line in reply.aiter_lines():
-            if line.startswith("data: "):
-                break
+        # Held: an iterator that is let go closes the response.
+        lines = reply.aiter_lines()
+        while not (await anext(lines)).startswith("data: "):
+            pass
 
         async def running() -> int:
             return sum(row["running"] for row in (await cluster.status())["replicas"])
 
         await eventually("the request runs", running)
+        await lines.aclose()
 
     async def idle() -> bool:
         return all(row["running"] + row["waiting"] == 0 for row in (await cluster.status())["replicas"])
