@@ -25,6 +25,10 @@ from controlplane.runtime.records import PlacementRecord
 
 NONCE_BITS = 128
 
+EPOCHS_A_TERM = 1_000_000
+"""Epochs of a replica that the leader of a term has for itself. Each leader begins above those of all terms before its
+own, so that no epoch comes twice, even if etcd was restored and nobody who knew of it is alive."""
+
 _ANSWER = {
     ReplicaPhase.PREPARING: GroupPhase.PREPARED,
     ReplicaPhase.FORMING: GroupPhase.FORMED,
@@ -42,12 +46,18 @@ def note_epoch(state: ClusterState, replica: ReplicaId, epoch: Epoch) -> None:
     state.epochs[replica] = max(epoch, state.epochs.get(replica, Epoch(0)))
 
 
+def _next_epoch(state: ClusterState, replica: ReplicaId) -> Epoch:
+    """Above every epoch that is known of, and above all that could be of an older term."""
+    first = (state.term - 1) * EPOCHS_A_TERM
+    return Epoch(max(state.epochs.get(replica, 0), first) + 1)
+
+
 def place(
     state: ClusterState, replica: Replica, spec: ReplicaSpec, members: tuple[Member, ...], reason: Reason
 ) -> None:
     """Begin the replica's next epoch on `members`: first in etcd."""
     assert not replica.holds_devices
-    replica.epoch = Epoch(state.epochs.get(replica.replica, Epoch(0)) + 1)
+    replica.epoch = _next_epoch(state, replica.replica)
     note_epoch(state, replica.replica, replica.epoch)
     replica.phase = ReplicaPhase.PLANNED
     replica.members, replica.spec, replica.reason = members, spec, reason

@@ -121,6 +121,7 @@ def epoch_reuse(patch: pytest.MonkeyPatch) -> None:
 
 
 def epoch_of_a_restored_store(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core.groups, "EPOCHS_A_TERM", 0)
     patch.setattr(core.adoption, "note_epoch", lambda state, replica, epoch: None)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from controlplane.core.groups import EPOCHS_A_TERM
 from controlplane.core.messages import (
     AdminAnswered,
     AdminAsked,
@@ -131,7 +132,25 @@ def test_epochs_go_on_after_a_replica_was_gone() -> None:
     heir.attach(heir.workers[next(iter(heir.workers))])
     apply(heir, deployment(replicas=2))
     heir.settle()
-    assert heir.state.replicas[ReplicaId("m-1")].epoch == 2
+    assert heir.state.replicas[ReplicaId("m-1")].epoch > 1
+
+
+def test_no_epoch_of_an_older_term_comes_again_though_nobody_knows_of_it() -> None:
+    """etcd was restored to before the epoch, and the workers that held it are gone."""
+    cluster = started()
+    used = cluster.state.replicas[ReplicaId("m-0")].epoch
+    heir = cluster.successor()
+    heir.placements.clear()
+    heir.keys.clear()
+    heir.workers.clear()
+    heir.load()
+    worker = heir.add_worker("w2")
+    heir.register(worker)
+    heir.attach(worker)
+    heir.settle()
+    epoch = heir.state.replicas[ReplicaId("m-0")].epoch
+    assert epoch == EPOCHS_A_TERM * (heir.state.term - 1) + 1
+    assert epoch > used
 
 
 def test_a_removed_deployment_leaves_nothing() -> None:
