@@ -251,6 +251,9 @@ class Election:
         stored_term = int(stored.value) if stored is not None else 0
         term = Term(max(stored_term, self._highest_term, self._leader.highest_term) + 1)
         value = to_json(self._record(term))
+        if not self._keeper.trusted:
+            # Lost while we read: a key under no lease would never go, and nobody could ever lead again.
+            return self._unless_woken
         lease = self._keeper.lease
         win = Txn(
             when=(absent(self._keys.leader), mod_revision_is(self._keys.term, stored.mod_revision if stored else 0)),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlplane.core import messages as leader_core
 from controlplane.gateway import messages as gateway_core
-from controlplane.runtime.etcd_types import Get, Target, Txn
+from controlplane.runtime.etcd_types import Get, Put, Target, Txn
 from controlplane.runtime.ids import Term
 from controlplane.runtime.keys import Keys
 from controlplane.runtime.messages.common import Reason
@@ -63,7 +63,10 @@ class Safety:
                 assert guarded, f"{op.key} is written without the leader's guard"
             else:
                 singles = (self._keys.leader, self._keys.term, self._keys.cluster)
-                assert op.key in singles or op.key.startswith((self._keys.peers, self._keys.nodes)), op.key
+                named = op.key.startswith((self._keys.peers, self._keys.nodes))
+                assert op.key in singles or named, op.key
+                if isinstance(op, Put) and (named or op.key == self._keys.leader):
+                    assert op.lease, f"{op.key} is put under no lease"
             assert len(getattr(op, "value", b"")) <= VALUE_BYTES_MAX, f"{op.key} grows"
 
     # ------------------------------------------------------------ steps
