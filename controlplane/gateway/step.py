@@ -161,7 +161,7 @@ def unreachable(state: GatewayState, journal: Journal, now: float) -> list[Effec
 
 
 def drop_idle_workers(state: GatewayState) -> list[Effect]:
-    """Streams that no replica and no journal needs, unless the worker has still to be told something."""
+    """Streams that no replica, no journal and no search needs, unless the worker has still to be told something."""
     if not state.leader_up:
         return []
     needed: set[WorkerKey] = {WorkerKey(row.serve_address) for row in state.rows.values()}
@@ -169,6 +169,8 @@ def drop_idle_workers(state: GatewayState) -> list[Effect]:
         needed.update(journal.visited)
         if journal.placement is not None:
             needed.add(journal.placement.worker)
+    for search in state.searches.values():
+        needed.update(search.waiting, search.parts)
     idle = [key for key in state.workers if key not in needed]
     for key in idle:
         del state.workers[key]

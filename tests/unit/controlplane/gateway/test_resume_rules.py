@@ -8,6 +8,7 @@ from controlplane.gateway.messages import (
     ChoiceSeen,
     ChoiceStopped,
     ClientDrained,
+    DropWorker,
     Effect,
     Failure,
     LeaderLost,
@@ -104,6 +105,18 @@ class TestSearch:
         (answer,) = found(effects)
         assert (answer.worker, answer.shadow and answer.shadow.attempt) == (W2, 3)
         assert bodies(effects) == [EndRequests(requests=(R,))], "the older one is freed"
+
+    def test_who_answered_is_not_dropped_before_the_others_did(self):
+        """Its replica is gone from the table meanwhile, so that nothing else needs its stream."""
+        core = gateway()
+        core.do(ResumeAsked(R))
+        for chunk in shadow(3, worker=W2):
+            core.do(said(chunk, W2))
+        core.do(LeaderSaid(ReplicaTable(full=True, rows=(row(W1),))), Tick())
+        (answer,) = found(core.do(said(MISSING, W1)))
+        assert (answer.worker, answer.shadow and answer.shadow.attempt) == (W2, 3)
+        core.now += 1.0
+        assert DropWorker(W2) in core.do(Tick())
 
     def test_a_shadow_comes_in_one_piece(self):
         core = gateway()
