@@ -35,6 +35,8 @@ def snapshot(state: ClusterState, node: Node, chunk: WorkerSnapshot) -> None:
     node.sequences = {sequence.request: sequence for sequence in chunks.sequences}
     joined(state, node, draining=chunk.draining)
     _compare(state, node, chunks.replicas)
+    # What its absence cost is on record; a later failure has a time of its own.
+    node.noticed = None
     if chunk.draining and node.drain is None:
         reason = Reason(kind=ReasonKind.DRAINING, text="it was draining when its session began", node=node.node)
         drain(state, node, Drain(reason, state.timings.drain))

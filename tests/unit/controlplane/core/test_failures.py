@@ -122,6 +122,19 @@ def test_a_planned_end_is_no_failure() -> None:
     assert not cluster.state.failures.records
 
 
+def test_a_failure_after_a_return_has_a_time_of_its_own() -> None:
+    cluster, gateway, workers = serving()
+    place = asked(cluster, gateway, "r1")
+    worker = worker_of(cluster, place, workers)
+    cluster.break_stream(worker)
+    cluster.tick()
+    cluster.attach(worker)
+    assert not cluster.state.failures.records, "a broken session alone is no failure"
+    cluster.tick()
+    cluster.rank_exits(worker, "cpu:0")
+    assert one(cluster).noticed == cluster.state.now
+
+
 def test_a_request_lost_twice_waits_for_its_last_loss() -> None:
     cluster, gateway, _ = serving(3)
     first = asked(cluster, gateway, "r1")
