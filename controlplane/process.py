@@ -44,7 +44,7 @@ from controlplane.runtime.ids import Incarnation, draw_id
 from controlplane.runtime.keys import Keys
 from controlplane.runtime.leader import LeaderWatch
 from controlplane.runtime.records import ClusterRecord, DeploymentRecord, PeerRecord
-from controlplane.runtime.timing import Timings, server_options, timings_from_spec
+from controlplane.runtime.timing import Timings, public_server_options, timings_from_spec
 from controlplane.store import Store, ensure_cluster
 from controlplane.worker_link import SessionServicer
 from protos.perdure.v1 import (
@@ -156,7 +156,7 @@ class _Process:
         self._keys = Keys(options.cluster_name)
         self._incarnation = Incarnation(draw_id())
         self._dice = random.SystemRandom()
-        self._server = grpc.aio.server(options=server_options(self._timings))
+        self._server = grpc.aio.server(options=public_server_options(self._timings))
         self._address = f"{options.advertised_host}:{self._bind()}"
         self._leader = LeaderWatch(client, self._keys, self._timings, clock, self._dice)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]

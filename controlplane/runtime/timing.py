@@ -41,6 +41,8 @@ class Timings:
     session_silence: float
     ping_time: float
     ping_timeout: float
+    # A client of Inference that leaves a ping unanswered so long is gone; before, it is only late.
+    client_patience: float
     probe_gap: float
     probe_connect: float
     progress_deadline: float
@@ -61,6 +63,8 @@ class Timings:
     drain: float
     # Failed attempts to bring a replica up count against its budget for this long.
     regroup_window: float
+    # A replica that is slower than its equals for so long is told of.
+    slow_for: float
 
     def to_spec(self) -> TimingSpec:
         return TimingSpec(
@@ -86,6 +90,7 @@ def derive_timings(failure_timeout: float = 3.0, heartbeat_interval: float = 0.5
         session_silence=3 * h,
         ping_time=max(h, 1.0),
         ping_timeout=h,
+        client_patience=10 * f,
         probe_gap=0.05,
         probe_connect=h / 2,
         progress_deadline=f - 2 * h,
@@ -100,6 +105,7 @@ def derive_timings(failure_timeout: float = 3.0, heartbeat_interval: float = 0.5
         node_return=10 * f,
         drain=10 * f,
         regroup_window=60 * f,
+        slow_for=10 * f,
     )
     _require(2 * h < timings.session_silence, "2 × heartbeat_interval must be below the session silence")
     _require(
@@ -132,9 +138,19 @@ GrpcOptions = list[tuple[str, int]]
 
 
 def server_options(timings: Timings) -> GrpcOptions:
-    """Options of every gRPC server: a stopped peer is noticed, a taken port is refused (PROTOCOL §7)."""
+    """Options of a gRPC server of peers: a stopped peer is noticed, a taken port is refused (PROTOCOL §7)."""
+    return _server_options(timings, timings.ping_timeout)
+
+
+def public_server_options(timings: Timings) -> GrpcOptions:
+    """Options of a gRPC server of peers and clients. Peers are judged by their heartbeats there, so that pings need
+    only find clients that are gone: one whose machine is busy answers late."""
+    return _server_options(timings, timings.client_patience)
+
+
+def _server_options(timings: Timings, ping_timeout: float) -> GrpcOptions:
     return [
-        *_ping_options(timings),
+        *_ping_options(timings, ping_timeout),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", round(timings.heartbeat_interval * 500)),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
@@ -144,7 +160,7 @@ def server_options(timings: Timings) -> GrpcOptions:
 def channel_options(timings: Timings) -> GrpcOptions:
     """Options of every gRPC channel inside the cluster: a restarted peer is reached at once (PROTOCOL §7)."""
     return [
-        *_ping_options(timings),
+        *_ping_options(timings, timings.ping_timeout),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", max(100, round(timings.heartbeat_interval * 1000))),
@@ -152,9 +168,9 @@ def channel_options(timings: Timings) -> GrpcOptions:
     ]
 
 
-def _ping_options(timings: Timings) -> GrpcOptions:
+def _ping_options(timings: Timings, ping_timeout: float) -> GrpcOptions:
     # http2.ping_timeout_ms is the one that acts; keepalive_timeout_ms alone leaves a stopped peer unnoticed for 60 s.
-    timeout_ms = round(timings.ping_timeout * 1000)
+    timeout_ms = round(ping_timeout * 1000)
     return [
         ("grpc.keepalive_time_ms", round(timings.ping_time * 1000)),
         ("grpc.keepalive_timeout_ms", timeout_ms),

@@ -14,6 +14,7 @@ from controlplane.runtime.timing import (
     TimingError,
     channel_options,
     derive_timings,
+    public_server_options,
     server_options,
     timings_from_spec,
 )
@@ -93,6 +94,14 @@ def test_both_ends_bound_a_ping_by_the_option_that_acts() -> None:
     assert client["grpc.use_local_subchannel_pool"] == 1
     assert client["grpc.initial_reconnect_backoff_ms"] == client["grpc.min_reconnect_backoff_ms"] == 100
     assert client["grpc.max_reconnect_backoff_ms"] == 750
+
+
+def test_a_late_client_is_given_more_time_than_a_peer() -> None:
+    timings = derive_timings(6.0, 0.75)
+    assert dict(public_server_options(timings))["grpc.http2.ping_timeout_ms"] == 60_000
+    same = {"grpc.http2.ping_timeout_ms", "grpc.keepalive_timeout_ms"}
+    ours, peers = dict(public_server_options(timings)), dict(server_options(timings))
+    assert {name for name in ours if ours[name] != peers[name]} == same
 
 
 def test_timings_are_compared_by_value() -> None:
