@@ -1,4 +1,4 @@
-"""Servicer of Inference.Generate: the same journals, token by token, for programs."""
+"""Servicer of Inference: the same journals, token by token, for programs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from google.rpc import error_details_pb2, status_pb2
 from pydantic import ValidationError
 
 from controlplane.gateway.api_errors import ApiError, bad, from_error, from_validation
+from controlplane.gateway.cursor import Position, Seen
 from controlplane.gateway.generation import Asked, Generation, Generator
 from controlplane.gateway.openai import CompletionRequest
 from controlplane.gateway.params import wanted_completion
+from controlplane.gateway.resume import Resumer
 from controlplane.gateway.text_stream import Piece, TokenInfo
 from controlplane.runtime.errors import PerdureError
 from controlplane.runtime.ids import RequestId, is_drawn_id
@@ -26,6 +28,7 @@ _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
     409: grpc.StatusCode.ABORTED,
+    410: grpc.StatusCode.DATA_LOSS,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     499: grpc.StatusCode.CANCELLED,
@@ -36,22 +39,32 @@ _FINISHES = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Generate: one call, one journal."""
+    """Generate and Resume: one call, one journal."""
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+        self._resumer = Resumer(generator)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         try:
             with await self._open(request, context.time_remaining()) as generation:
-                while not generation.feed.over:
-                    pieces = await generation.feed.news()
-                    last = len(pieces) - 1 if generation.feed.open_choices == 0 else None
-                    for place, piece in enumerate(pieces):
-                        yield _response(generation, piece, last=place == last)
-                generation.check()
+                async for response in _responses(generation):
+                    yield response
+        except ApiError as error:
+            await _abort(context, error)
+
+    async def Resume(
+        self, request: inference_pb2.InferenceResumeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[inference_pb2.InferenceResumeResponse]:
+        try:
+            if not is_drawn_id(request.request):
+                raise bad("request", "a request id is 32 lower-case hex digits")
+            had = (Seen(True, choice.tokens, choice.finished) for choice in request.choices)
+            with await self._resumer.open(RequestId(request.request), Position(tuple(had))) as generation:
+                async for response in _responses(generation):
+                    yield inference_pb2.InferenceResumeResponse(event=response)
         except ApiError as error:
             await _abort(context, error)
 
@@ -105,6 +118,16 @@ def parse(request: inference_pb2.GenerateRequest) -> CompletionRequest:
         )
     except ValidationError as error:
         raise from_validation(error) from error
+
+
+async def _responses(generation: Generation) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    """The generation's news to its end. Raises ApiError."""
+    while not generation.feed.over:
+        pieces = await generation.feed.news()
+        last = len(pieces) - 1 if generation.feed.open_choices == 0 else None
+        for place, piece in enumerate(pieces):
+            yield _response(generation, piece, last=place == last)
+    generation.check()
 
 
 def _response(generation: Generation, piece: Piece, *, last: bool) -> inference_pb2.GenerateResponse:

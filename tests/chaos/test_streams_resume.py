@@ -6,13 +6,17 @@ import asyncio
 import json
 import signal
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import grpc
+import grpc.aio
 import pytest
 
 from controlplane.runtime.ids import draw_id
+from protos.perdure.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.cluster import Cluster, Daemon, eventually
 from tools.client import StreamClient
 
@@ -105,6 +109,49 @@ async def test_a_gateway_is_killed_and_its_clients_go_on_elsewhere(cluster: Clus
         assert seen.told() == expected.told(), f"{path} {body}"
     victim.start()
     await cluster.wait_ready()
+
+
+async def test_a_program_goes_on_at_another_gateway(cluster: Cluster) -> None:
+    """Inference.Resume: token ids and text go on after what the client has."""
+    leader = await cluster.leader()
+    victim = next(daemon for daemon in cluster.controlplanes.values() if daemon is not leader)
+    sampling = inference_pb2.SamplingOptions(max_tokens=TOKENS, ignore_eos=True, temperature=1, seed=7)
+    request = inference_pb2.GenerateRequest(prompt="A program", sampling=sampling, n=2, request=draw_id())
+    async with (
+        grpc.aio.insecure_channel(cluster.address(leader.name)) as other,
+        grpc.aio.insecure_channel(cluster.address(victim.name)) as first,
+    ):
+        asked = inference_pb2.GenerateRequest(prompt="A program", sampling=sampling, n=2)
+        expected = [event async for event in inference_pb2_grpc.InferenceStub(other).Generate(asked)]
+        seen: list[inference_pb2.GenerateResponse] = []
+        with suppress(grpc.aio.AioRpcError):
+            async for event in inference_pb2_grpc.InferenceStub(first).Generate(request):
+                seen.append(event)
+                if len(seen) == 40:
+                    victim.kill()
+        had = [sum(len(event.token_ids) for event in seen if event.choice == choice) for choice in (0, 1)]
+        assert all(0 < count < TOKENS for count in had)
+        positions = [inference_pb2.ChoicePosition(tokens=count) for count in had]
+        resume = inference_pb2.InferenceResumeRequest(request=request.request, choices=positions)
+        seen += [answer.event async for answer in inference_pb2_grpc.InferenceStub(other).Resume(resume)]
+        assert by_choice(seen) == by_choice(expected)
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            async for _ in inference_pb2_grpc.InferenceStub(other).Resume(resume):
+                pass
+        assert refusal.value.code() is grpc.StatusCode.NOT_FOUND, "its end was told"
+    victim.start()
+    await cluster.wait_ready()
+
+
+def by_choice(events: list[inference_pb2.GenerateResponse]) -> dict[int, tuple[list[int], str, list[int]]]:
+    """Of each choice its token ids, checked to be in order, its text, and how it was told to have ended."""
+    found: dict[int, tuple[list[int], str, list[int]]] = {}
+    for event in events:
+        tokens, text, finishes = found.get(event.choice, ([], "", []))
+        assert event.first_index == len(tokens)
+        ended = [event.finish_reason] if event.finish_reason else []
+        found[event.choice] = ([*tokens, *event.token_ids], text + event.text, finishes + ended)
+    return found
 
 
 async def test_a_finished_stream_is_told_its_end_again(cluster: Cluster) -> None:

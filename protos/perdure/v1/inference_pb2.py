@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.perdure.v1 import serve_pb2 as protos_dot_perdure_dot_v1_dot_serve__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/perdure/v1/inference.proto\x12\nperdure.v1\x1a\x1dprotos/perdure/v1/serve.proto\"\xbf\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.perdure.v1.SamplingOptions\x12\t\n\x01n\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0f\n\x07request\x18\t \x01(\t\"\xf3\x04\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x10\n\x08stop_ids\x18\x0c \x03(\r\x12>\n\nlogit_bias\x18\r \x03(\x0b\x32*.perdure.v1.SamplingOptions.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xe9\x01\n\x10GenerateResponse\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.perdure.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.perdure.v1.FinishReason\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.perdure.v1.Usage2T\n\tInference\x12G\n\x08Generate\x12\x1b.perdure.v1.GenerateRequest\x1a\x1c.perdure.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/perdure/v1/inference.proto\x12\nperdure.v1\x1a\x1dprotos/perdure/v1/serve.proto\"V\n\x16InferenceResumeRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\x12+\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x1a.perdure.v1.ChoicePosition\"F\n\x17InferenceResumeResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.perdure.v1.GenerateResponse\"2\n\x0e\x43hoicePosition\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"\xbf\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.perdure.v1.SamplingOptions\x12\t\n\x01n\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x0f\n\x07request\x18\t \x01(\t\"\xf3\x04\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x10\n\x08stop_ids\x18\x0c \x03(\r\x12>\n\nlogit_bias\x18\r \x03(\x0b\x32*.perdure.v1.SamplingOptions.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xe9\x01\n\x10GenerateResponse\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.perdure.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.perdure.v1.FinishReason\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.perdure.v1.Usage2\xa9\x01\n\tInference\x12G\n\x08Generate\x12\x1b.perdure.v1.GenerateRequest\x1a\x1c.perdure.v1.GenerateResponse0\x01\x12S\n\x06Resume\x12\".perdure.v1.InferenceResumeRequest\x1a#.perdure.v1.InferenceResumeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,16 +34,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_GENERATEREQUEST']._serialized_start=81
-  _globals['_GENERATEREQUEST']._serialized_end=272
-  _globals['_SAMPLINGOPTIONS']._serialized_start=275
-  _globals['_SAMPLINGOPTIONS']._serialized_end=902
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=675
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=723
-  _globals['_USAGE']._serialized_start=904
-  _globals['_USAGE']._serialized_end=984
-  _globals['_GENERATERESPONSE']._serialized_start=987
-  _globals['_GENERATERESPONSE']._serialized_end=1220
-  _globals['_INFERENCE']._serialized_start=1222
-  _globals['_INFERENCE']._serialized_end=1306
+  _globals['_INFERENCERESUMEREQUEST']._serialized_start=80
+  _globals['_INFERENCERESUMEREQUEST']._serialized_end=166
+  _globals['_INFERENCERESUMERESPONSE']._serialized_start=168
+  _globals['_INFERENCERESUMERESPONSE']._serialized_end=238
+  _globals['_CHOICEPOSITION']._serialized_start=240
+  _globals['_CHOICEPOSITION']._serialized_end=290
+  _globals['_GENERATEREQUEST']._serialized_start=293
+  _globals['_GENERATEREQUEST']._serialized_end=484
+  _globals['_SAMPLINGOPTIONS']._serialized_start=487
+  _globals['_SAMPLINGOPTIONS']._serialized_end=1114
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=887
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=935
+  _globals['_USAGE']._serialized_start=1116
+  _globals['_USAGE']._serialized_end=1196
+  _globals['_GENERATERESPONSE']._serialized_start=1199
+  _globals['_GENERATERESPONSE']._serialized_end=1432
+  _globals['_INFERENCE']._serialized_start=1435
+  _globals['_INFERENCE']._serialized_end=1604
 # @@protoc_insertion_point(module_scope)

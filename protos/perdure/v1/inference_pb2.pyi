@@ -7,6 +7,28 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class InferenceResumeRequest(_message.Message):
+    __slots__ = ("request", "choices")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    request: str
+    choices: _containers.RepeatedCompositeFieldContainer[ChoicePosition]
+    def __init__(self, request: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[ChoicePosition, _Mapping]]] = ...) -> None: ...
+
+class InferenceResumeResponse(_message.Message):
+    __slots__ = ("event",)
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    event: GenerateResponse
+    def __init__(self, event: _Optional[_Union[GenerateResponse, _Mapping]] = ...) -> None: ...
+
+class ChoicePosition(_message.Message):
+    __slots__ = ("tokens", "finished")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    finished: bool
+    def __init__(self, tokens: _Optional[int] = ..., finished: _Optional[bool] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "prompt", "prompt_ids", "sampling", "n", "stop", "priority", "tenant", "request")
     MODEL_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class InferenceStub:
                 request_serializer=protos_dot_perdure_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_perdure_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/perdure.v1.Inference/Resume',
+                request_serializer=protos_dot_perdure_dot_v1_dot_inference__pb2.InferenceResumeRequest.SerializeToString,
+                response_deserializer=protos_dot_perdure_dot_v1_dot_inference__pb2.InferenceResumeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -52,6 +57,15 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Goes on with a call of Generate that broke, at any gateway, after what its client has: no token is lost or doubled.
+        Errors: NOT_FOUND if no worker holds it any more, DATA_LOSS if less of it is left than the client has, ABORTED while
+        another call resumes it, UNAVAILABLE if it is worth asking again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +73,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=protos_dot_perdure_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_perdure_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=protos_dot_perdure_dot_v1_dot_inference__pb2.InferenceResumeRequest.FromString,
+                    response_serializer=protos_dot_perdure_dot_v1_dot_inference__pb2.InferenceResumeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,6 +107,33 @@ class Inference:
             '/perdure.v1.Inference/Generate',
             protos_dot_perdure_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             protos_dot_perdure_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/perdure.v1.Inference/Resume',
+            protos_dot_perdure_dot_v1_dot_inference__pb2.InferenceResumeRequest.SerializeToString,
+            protos_dot_perdure_dot_v1_dot_inference__pb2.InferenceResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,
