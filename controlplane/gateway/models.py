@@ -95,14 +95,16 @@ class Catalogue:
         """The model of that name, or the only one if no name is given. Raises ApiError."""
         if name is None and len(self._models) == 1:
             return next(iter(self._models.values()))
-        if name is None:
-            raise ApiError(400, "you must provide a model parameter", param="model")
-        model = self._models.get(name)
+        model = self._models.get(name) if name is not None else None
         if model is not None:
             return model
         if not self.told:
             text = "no coordinator has told yet which models are served"
             raise ApiError(503, text, kind=SERVER_ERROR, code="unavailable", retry_after_s=1)
+        if name is None and self._models:
+            raise ApiError(400, "you must provide a model parameter", param="model")
+        if name is None:
+            raise ApiError(503, "no model is served now", kind=SERVER_ERROR, code="unavailable", retry_after_s=1)
         raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
 
     async def ready(self, model: ServedModel) -> ModelTokenizer:
