@@ -203,6 +203,8 @@ class Replica:
     load: Load = field(default_factory=Load)
     # How long it has had work without its progress counter moving.
     stalled_s: float = 0.0
+    # How long its steps have taken several times its equals'.
+    slow_s: float = 0.0
     served_s: float = 0.0
     drain: Drain | None = None
     # It goes for good once closed.

@@ -50,7 +50,7 @@ def _reset(replica: Replica, phase: ReplicaPhase, reason: Reason) -> None:
     replica.acked.clear()
     replica.load = Load()
     replica.drain = None
-    replica.stalled_s = replica.homeless_s = replica.retry_s = 0.0
+    replica.stalled_s = replica.slow_s = replica.homeless_s = replica.retry_s = 0.0
 
 
 def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequence[RequestId] = ()) -> None:

@@ -41,6 +41,7 @@ class ReasonKind(IntEnum):
     UNKNOWN_ID = 26
     # The engine's own error in a step; the device is well.
     ENGINE_FAULT = 27
+    SLOW = 28
 
 
 class PermitMode(IntEnum):

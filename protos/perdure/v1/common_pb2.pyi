@@ -37,6 +37,7 @@ class ReasonKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_KIND_STORE_UNAVAILABLE: _ClassVar[ReasonKind]
     REASON_KIND_UNKNOWN_ID: _ClassVar[ReasonKind]
     REASON_KIND_ENGINE_FAULT: _ClassVar[ReasonKind]
+    REASON_KIND_SLOW: _ClassVar[ReasonKind]
 
 class PermitMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -94,6 +95,7 @@ REASON_KIND_ADMIN: ReasonKind
 REASON_KIND_STORE_UNAVAILABLE: ReasonKind
 REASON_KIND_UNKNOWN_ID: ReasonKind
 REASON_KIND_ENGINE_FAULT: ReasonKind
+REASON_KIND_SLOW: ReasonKind
 PERMIT_MODE_UNSPECIFIED: PermitMode
 PERMIT_MODE_LEADER: PermitMode
 PERMIT_MODE_LEADERLESS: PermitMode
