@@ -177,7 +177,7 @@ class EtcdChild:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as output:
             self._process = subprocess.Popen(
-                die_with_parent.command([str(binary.path), *self._flags()]),
+                die_with_parent.command(self.command(binary)),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -245,7 +245,8 @@ class EtcdChild:
         except EtcdUnavailable:
             return False
 
-    def _flags(self) -> list[str]:
+    def command(self, binary: EtcdBinary) -> list[str]:
+        """What runs this member."""
         election_ms = election_timeout_ms(self._timings.lease_ttl)
         client_url = f"{'https' if self._tls else 'http'}://{self.endpoint}"
         flags = {
@@ -265,7 +266,7 @@ class EtcdChild:
             flags |= {"cert-file": str(self._tls.cert), "key-file": str(self._tls.key)}
             if self._tls.clients_show_certificates:
                 flags |= {"client-cert-auth": "true", "trusted-ca-file": str(self._tls.ca)}
-        return [*(f"--{name}={value}" for name, value in flags.items()), *self._arguments]
+        return [str(binary.path), *(f"--{name}={value}" for name, value in flags.items()), *self._arguments]
 
     def _last_lines(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]

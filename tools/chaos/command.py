@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from controlplane.config import ClusterConfig
+from controlplane.config import DEMO_MODEL, ClusterConfig
+from controlplane.runtime.errors import PerdureError
+from tools.chaos.hosts import Hosts, HostsError
 from tools.chaos.live import ChaosError, LiveCluster
-from tools.chaos.plan import PlanError, read_plan
+from tools.chaos.network import NetworkError, enter_namespaces
+from tools.chaos.plan import Action, Plan, PlanError, read_plan
 from tools.chaos.report import write_report
 from tools.chaos.rounds import Result, run_plan
 from tools.ctl.client import CtlError, find_addresses
+from tools.up.display import display_for_stdout
+from tools.up.prepare import ModelMissing, prepare_model
 from tools.up.state import StateDir, default_state_dir
 
-CORE_PLAN = Path(__file__).parent / "plans" / "core.yaml"
+PLANS = Path(__file__).parent / "plans"
+CORE_PLAN = PLANS / "core.yaml"
+FULL_PLAN = PLANS / "full.yaml"
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
+
+REFUSALS = (ChaosError, CtlError, PlanError, HostsError, NetworkError, ModelMissing, PerdureError)
 
 
 def chaos_command(
@@ -27,15 +37,28 @@ def chaos_command(
         str | None,
         typer.Option(help="HOST:PORT of control planes (with commas). Default: the cluster of `perdure up` here."),
     ] = None,
-    report: Annotated[Path, typer.Option(help="Folder for report.md and timeline.png.")] = Path("chaos-report"),
+    report: Annotated[Path, typer.Option(help="Folder for report.md and its pictures.")] = Path("chaos-report"),
+    only: Annotated[str, typer.Option(help="Only the rounds whose name contains this.")] = "",
+    model: Annotated[
+        str, typer.Option("--model", help="What a plan with hosts serves.", show_default="the demo model")
+    ] = DEMO_MODEL,
 ) -> None:
-    """Kill, stop and drain parts of a live cluster while streams run, and compare them with an undisturbed run.
+    """Break parts of a live cluster while streams run, and compare every stream with an undisturbed run.
 
-    Exit code 1 if a stream or a new request was hurt. Never point it at a cluster that serves anybody.
+    A plan with hosts (tools/chaos/plans/full.yaml) starts a cluster of its own over network namespaces of this
+    machine, which takes root. Exit code 1 if a stream or a new request was hurt, or the cluster did not become whole
+    again. Never point it at a cluster that serves anybody.
     """
     try:
-        result = asyncio.run(_run(plan, address))
-    except (ChaosError, CtlError, PlanError) as error:
+        wanted = read_plan(plan)
+        wanted = wanted.only(only) if only else wanted
+        if wanted.hosts is None:
+            result = asyncio.run(_run_here(wanted, address))
+        else:
+            folder = asyncio.run(prepare_model(model, display_for_stdout()))
+            enter_namespaces()
+            result = asyncio.run(_run_over_hosts(wanted, folder, report))
+    except REFUSALS as error:
         typer.echo(f"perdure chaos: {error}", err=True)
         raise typer.Exit(EXIT_REFUSED) from error
     typer.echo(f"report: {write_report(result, report)}")
@@ -43,10 +66,22 @@ def chaos_command(
         raise typer.Exit(EXIT_FAILED)
 
 
-async def _run(path: Path, address: str | None) -> Result:
-    plan = read_plan(path)
+async def _run_here(plan: Plan, address: str | None) -> Result:
     addresses = find_addresses(address)
     local = None if address else StateDir(default_state_dir(ClusterConfig.from_flags().cluster.name)).running()
     cluster = LiveCluster(addresses, local)
     urls = [gateway.url for gateway in (await cluster.status()).gateways]
-    return await run_plan(plan, cluster, urls, typer.echo)
+    return await run_plan(plan, cluster, None, urls, typer.echo)
+
+
+async def _run_over_hosts(plan: Plan, model: Path, report: Path) -> Result:
+    assert plan.hosts is not None
+    clock = any(fault.action is Action.JUMP for part in plan.rounds for fault in part.faults)
+    with tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True) as folder:
+        hosts = Hosts(plan.hosts, model, Path(folder), report / "logs", clock=clock)
+        try:
+            await hosts.start()
+            cluster = LiveCluster(hosts.addresses, nodes=plan.hosts.workers)
+            return await run_plan(plan, cluster, hosts, hosts.urls, typer.echo)
+        finally:
+            await hosts.stop()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import grpc.aio
 
 from protos.perdure.v1 import admin_pb2, admin_pb2_grpc
-from tools.chaos.plan import Action, Fault, Target
+from tools.chaos.plan import Target
+from tools.ctl.views import enum_word
 from tools.up.state import RunningCluster
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ T = TypeVar("T")
 CALL_S = 2.0
 POLL_S = 0.2
 
-_SIGNALS = {Action.KILL: signal.SIGKILL, Action.STOP: signal.SIGSTOP, Action.TERMINATE: signal.SIGTERM}
+EVENTS_MAX = 1000
 
 
 class ChaosError(Exception):
@@ -28,12 +28,15 @@ class ChaosError(Exception):
 
 
 class LiveCluster:
-    """Any control plane answers for all."""
+    """Any control plane answers for all; the one that answered last is asked first."""
 
-    def __init__(self, addresses: Sequence[str], local: RunningCluster | None) -> None:
-        """`local`: what `perdure up` wrote, if it runs this cluster here; only it knows etcd's process."""
+    def __init__(self, addresses: Sequence[str], local: RunningCluster | None = None, *, nodes: int = 0) -> None:
+        """`local`: what `perdure up` wrote, if it runs this cluster here; only it knows etcd's process. `nodes`: how
+        many a whole cluster has, with a gateway at each address; 0: whoever is there."""
         self._addresses = list(addresses)
         self._local = local
+        self._nodes = nodes
+        self._gateways = len(self._addresses) if nodes else 0
 
     async def status(self) -> admin_pb2.StatusResponse:
         """Raises ChaosError if nobody answers."""
@@ -44,33 +47,56 @@ class LiveCluster:
         answer = await self._ask(lambda stub: stub.ListFailures(admin_pb2.ListFailuresRequest(), timeout=CALL_S))
         return list(answer.failures)
 
+    async def events(self) -> list[admin_pb2.EventsResponse]:
+        """What the control plane that answers has in its log, oldest first."""
+
+        async def call(stub: admin_pb2_grpc.AdminStub) -> list[admin_pb2.EventsResponse]:
+            stream = stub.Events(admin_pb2.EventsRequest(last=EVENTS_MAX), timeout=CALL_S)
+            return [event async for event in stream]
+
+        return await self._ask(call)
+
+    async def requests(self) -> list[admin_pb2.RequestStatus]:
+        """Those that the leader knows."""
+        request = admin_pb2.ListRequestsRequest()
+        answer = await self._ask(lambda stub: stub.ListRequests(request, timeout=CALL_S))
+        return list(answer.requests)
+
+    async def drain(self, node: str, *, leave_ms: int = 0) -> None:
+        """`leave_ms`: its daemon has so long for it, and then ends."""
+        drain = admin_pb2.DrainRequest(node=node, deadline_ms=leave_ms, exit=leave_ms > 0)
+        await self._ask(lambda stub: stub.Drain(drain, timeout=CALL_S))
+
+    async def working_address(self) -> str:
+        """Of a control plane that answers. Raises ChaosError."""
+        await self.status()
+        return self._addresses[0]
+
+    async def name_of(self, target: Target) -> str:
+        """The name of the control plane that leads, or of one that does not. Raises ChaosError."""
+        status = await self.status()
+        leader = status.leader.id
+        if target.kind == "leader" and leader:
+            return leader
+        others = sorted(gateway.id for gateway in status.gateways if gateway.id != leader)
+        if target.kind != "standby" or not others:
+            raise ChaosError(f"the cluster has no {target} now")
+        return others[0]
+
     async def wait_whole(self, limit_s: float) -> None:
-        """Return once there is a leader and every replica of every deployment is ready. Raises ChaosError."""
+        """Return once there is a leader, everybody is there, and every replica of every deployment is ready. Raises
+        ChaosError."""
         deadline = asyncio.get_running_loop().time() + limit_s
         problem = ""
         while asyncio.get_running_loop().time() < deadline:
             try:
-                problem = _lacking(await self.status())
+                problem = self._lacking(await self.status())
             except ChaosError as error:
                 problem = str(error)
             if not problem:
                 return
             await asyncio.sleep(POLL_S)
         raise ChaosError(f"the cluster was not whole again after {limit_s:g} s: {problem}")
-
-    async def inflict(self, fault: Fault) -> None:
-        """Do it, and undo a stop when its time is over. Raises ChaosError."""
-        if fault.action is Action.DRAIN:
-            drain = admin_pb2.DrainRequest(node=fault.target.name)
-            await self._ask(lambda stub: stub.Drain(drain, timeout=CALL_S))
-            return
-        pid = await self.find(fault.target)
-        os.kill(pid, _SIGNALS[fault.action])
-        if fault.seconds:
-            try:
-                await asyncio.sleep(fault.seconds)
-            finally:
-                os.kill(pid, signal.SIGCONT)
 
     async def find(self, target: Target) -> int:
         """The process behind a name, now. Raises ChaosError if there is none, or it runs on another host."""
@@ -85,25 +111,36 @@ class LiveCluster:
             raise ChaosError(f"{target} runs on {host}: a fault needs its process on this machine")
         return pid
 
+    def _lacking(self, status: admin_pb2.StatusResponse) -> str:
+        """What keeps the cluster from being whole; empty if nothing."""
+        if not status.HasField("leader"):
+            return "there is no leader"
+        if status.leader.phase != admin_pb2.LEADER_PHASE_LEADING:
+            return f"the leader is {enum_word(status.leader, 'phase')}"
+        live = [node for node in status.nodes if node.phase == admin_pb2.NODE_PHASE_LIVE]
+        if len(live) < self._nodes:
+            return f"{len(live)} of {self._nodes} nodes are live"
+        if len(status.gateways) < self._gateways:
+            return f"{len(status.gateways)} of {self._gateways} gateways are known"
+        if not status.deployments:
+            return "there is no deployment"
+        for deployment in status.deployments:
+            if deployment.ready < deployment.replicas:
+                return f"{deployment.ready} of {deployment.replicas} replicas of {deployment.id} are ready"
+        return ""
+
     async def _ask(self, call: Callable[[admin_pb2_grpc.AdminStub], Awaitable[T]]) -> T:
         problem = "no address"
-        for address in self._addresses:
+        for address in list(self._addresses):
             async with grpc.aio.insecure_channel(address) as channel:
                 try:
-                    return await call(admin_pb2_grpc.AdminStub(channel))
+                    answer = await call(admin_pb2_grpc.AdminStub(channel))
                 except grpc.aio.AioRpcError as error:
                     problem = f"{address}: {error.details()}"
+                    continue
+            self._addresses.sort(key=lambda other: other != address)
+            return answer
         raise ChaosError(f"no control plane answers ({problem})")
-
-
-def _lacking(status: admin_pb2.StatusResponse) -> str:
-    """What keeps the cluster from being whole; empty if nothing."""
-    if not status.HasField("leader"):
-        return "there is no leader"
-    for deployment in status.deployments:
-        if deployment.ready < deployment.replicas:
-            return f"{deployment.ready} of {deployment.replicas} replicas of {deployment.id} are ready"
-    return ""
 
 
 def _process(status: admin_pb2.StatusResponse, target: Target) -> tuple[str, int]:
@@ -113,6 +150,13 @@ def _process(status: admin_pb2.StatusResponse, target: Target) -> tuple[str, int
             return "", status.leader.pid
         case "controlplane":
             found = [("", gateway.pid) for gateway in status.gateways if gateway.id == target.name]
+        case "standby":
+            leader = status.leader.id
+            found = [("", gateway.pid) for gateway in status.gateways if gateway.id != leader]
+        case "zygote":
+            daemon = Target.model_validate(f"worker {target.name}")
+            host, pid = _process(status, daemon)
+            found = [(host, zygote_of(pid))]
         case "worker":
             lost = admin_pb2.NODE_PHASE_LOST
             found = [(node.host, node.pid) for node in status.nodes if node.id == target.name and node.phase != lost]
@@ -128,3 +172,12 @@ def _process(status: admin_pb2.StatusResponse, target: Target) -> tuple[str, int
     if not found:
         raise ChaosError(f"the cluster has no {target} now")
     return found[0]
+
+
+def zygote_of(daemon: int) -> int:
+    """The child of a worker daemon from which its ranks are forked. Raises ChaosError."""
+    children = Path(f"/proc/{daemon}/task/{daemon}/children")
+    for pid in children.read_text().split() if children.exists() else []:
+        if b"dataplane.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return int(pid)
+    raise ChaosError(f"the worker daemon {daemon} has no zygote now")

@@ -17,12 +17,21 @@ NEW_REQUEST_TOKENS = 4
 class Stream:
     """What one client saw."""
 
-    prompt: str
+    # Streams of one number have one prompt.
+    number: int
     text: str = ""
     # time.monotonic of each event.
     times: list[float] = field(default_factory=list[float])
     finish: str = ""
     error: str = ""
+
+    @property
+    def prompt(self) -> str:
+        return f"Stream {self.number} tells of the sea and of number {self.number * 7919}."
+
+    @property
+    def over(self) -> bool:
+        return bool(self.finish or self.error)
 
     @property
     def longest_gap_s(self) -> float:
@@ -40,30 +49,33 @@ class NewRequests:
 
 
 class Load:
-    """Streams over all gateways; each begins at another one and goes on wherever it can."""
+    """Streams over all gateways; each begins at another one and goes on wherever it can. When one ends, the next of its
+    number begins, until it is enough."""
 
     def __init__(self, urls: Sequence[str], count: int, tokens: int) -> None:
         self._urls = list(urls)
         self._tokens = tokens
-        self.streams = [
-            Stream(f"Stream {index} tells of the sea and of number {index * 7919}.") for index in range(count)
-        ]
+        self.streams = [Stream(number) for number in range(count)]
         self.new = NewRequests()
+        self._first = tuple(self.streams)
+        self._enough = False
         self._stop = asyncio.Event()
         # Some stream had an event or ended. Whoever waits looks again, and clears it.
         self._moved = asyncio.Event()
 
     async def run(self) -> None:
-        """Until every stream has ended."""
-        await asyncio.gather(*(self._follow(index, stream) for index, stream in enumerate(self.streams)))
+        """Until it is enough and every stream has ended."""
+        await asyncio.gather(*(self._follow_all(stream) for stream in self._first))
         self._stop.set()
         self._moved.set()
 
+    def enough(self) -> None:
+        """What runs is the last."""
+        self._enough = True
+
     async def reach(self, events: int) -> None:
-        """Return once every stream had so many events, or all are over."""
-        while not self._stop.is_set() and any(
-            len(stream.times) < events and not stream.error and not stream.finish for stream in self.streams
-        ):
+        """Return once every one of the first streams had so many events, or is over."""
+        while any(len(stream.times) < events and not stream.over for stream in self._first):
             self._moved.clear()
             await self._moved.wait()
 
@@ -76,9 +88,17 @@ class Load:
                 number += 1
                 await asyncio.sleep(every_s)
 
-    async def _follow(self, index: int, stream: Stream) -> None:
+    async def _follow_all(self, stream: Stream) -> None:
+        await self._follow(stream)
+        while not self._enough and not stream.error:
+            stream = Stream(stream.number)
+            self.streams.append(stream)
+            await self._follow(stream)
+
+    async def _follow(self, stream: Stream) -> None:
         body = {"prompt": stream.prompt, "max_tokens": self._tokens, "temperature": 0, "ignore_eos": True}
-        client = StreamClient(self._urls[index % len(self._urls) :] + self._urls[: index % len(self._urls)])
+        shift = stream.number % len(self._urls)
+        client = StreamClient(self._urls[shift:] + self._urls[:shift])
         try:
             async for chunk in client.stream("/v1/completions", body):
                 stream.times.append(time.monotonic())

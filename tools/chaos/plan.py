@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,15 +15,57 @@ class PlanError(Exception):
 
 
 class Action(Enum):
-    """What is done to a process; `drain` asks the leader instead."""
+    """What is done."""
 
+    # To a process.
     KILL = "kill"
     STOP = "stop"
     TERMINATE = "terminate"
+    # By the leader.
     DRAIN = "drain"
+    # To a host's cable: nothing passes; what it sends, or what is sent to it, is lost; the link is down.
+    CUT = "cut"
+    MUTE = "mute"
+    DEAFEN = "deafen"
+    LOSE = "lose"
+    DELAY = "delay"
+    UNPLUG = "unplug"
+    # To a host's disk and its wall clock.
+    FILL = "fill"
+    JUMP = "jump"
+    # To etcd as a whole: take a snapshot; start all members from it.
+    SAVE = "save"
+    RESTORE = "restore"
+    # Ends whatever runs one certain request, each time it runs anew.
+    POISON = "poison"
+    # One daemon after the other, etcd too.
+    RESTART = "restart"
 
 
-KINDS = ("rank", "worker", "controlplane", "leader", "etcd")
+UNNAMED = ("leader", "standby", "etcd", "request", "everything")
+NAMED = ("rank", "worker", "zygote", "controlplane", "etcd")
+
+_DAEMONS = frozenset({"worker", "controlplane", "leader", "standby", "etcd"})
+_PROCESSES = _DAEMONS | {"rank", "zygote"}
+_CABLES = frozenset({Action.CUT, Action.MUTE, Action.DEAFEN, Action.LOSE, Action.DELAY})
+_TARGETS: dict[Action, frozenset[str]] = {
+    Action.KILL: _PROCESSES,
+    Action.STOP: _PROCESSES,
+    Action.TERMINATE: _PROCESSES,
+    Action.DRAIN: frozenset({"worker"}),
+    **dict.fromkeys(_CABLES, _DAEMONS),
+    Action.UNPLUG: _DAEMONS,
+    Action.FILL: _DAEMONS,
+    Action.JUMP: _DAEMONS | {"everything"},
+    Action.SAVE: frozenset({"etcd"}),
+    Action.RESTORE: frozenset({"etcd"}),
+    Action.POISON: frozenset({"request"}),
+    Action.RESTART: frozenset({"everything"}),
+}
+_LASTING = _CABLES | {Action.UNPLUG, Action.FILL}
+"""Undone after a while."""
+
+_NEED_HOSTS = _LASTING | {Action.JUMP, Action.SAVE, Action.RESTORE, Action.RESTART}
 
 
 class _Strict(BaseModel):
@@ -31,8 +73,9 @@ class _Strict(BaseModel):
 
 
 class Target(_Strict):
-    """A process by what it is: `rank main-0`, `rank main-0/1`, `worker worker-0`, `controlplane cp-0`, `leader`,
-    `etcd`."""
+    """Somebody by what it is: `rank main-0`, `rank main-0/1`, `worker worker-0`, `zygote worker-0`,
+    `controlplane cp-0`, `leader`, `standby` (a control plane that does not lead), `etcd` (all members),
+    `etcd etcd-0`, `everything`."""
 
     kind: str
     name: str = ""
@@ -44,10 +87,12 @@ class Target(_Strict):
         if not isinstance(value, str):
             raise ValueError("a target is text, such as 'rank main-0' or 'leader'")
         kind, _, name = value.partition(" ")
-        if kind not in KINDS:
-            raise ValueError(f"unknown target {value!r}: one of {', '.join(KINDS)}")
-        if (kind in ("leader", "etcd")) == bool(name):
-            raise ValueError(f"{kind!r} takes {'no' if name else 'a'} name: {value!r}")
+        if kind not in UNNAMED + NAMED:
+            raise ValueError(f"unknown target {value!r}: one of {', '.join(dict.fromkeys(UNNAMED + NAMED))}")
+        if name and kind not in NAMED:
+            raise ValueError(f"{kind!r} takes no name: {value!r}")
+        if not name and kind not in UNNAMED:
+            raise ValueError(f"{kind!r} takes a name: {value!r}")
         rank = 0
         if kind == "rank" and "/" in name:
             name, _, number = name.partition("/")
@@ -66,10 +111,24 @@ class Fault(_Strict):
 
     at: Annotated[int, Field(ge=0)] = 30
     after: Annotated[float, Field(ge=0)] = 0.0
+    # "loading main-0", "regrouping main-0": and not before that replica is so far.
+    when: Annotated[str, Field(pattern=r"^((loading|regrouping) \S+)?$")] = ""
     action: Action
     target: Target
-    # Of a stop: until it goes on. 0: for good.
+    # Of a stop, until it goes on; of a kill, until it is started again; of a cable, until it is whole. 0: for good,
+    # or as soon as its supervisor starts it again.
     seconds: Annotated[float, Field(ge=0)] = 0.0
+    # Of a cable: to whom. A host's name, or all hosts of a kind.
+    peers: Annotated[str, Field(alias="from")] = "everybody"
+    # Of `lose`: how much.
+    percent: Annotated[int, Field(ge=1, le=100)] = 100
+    # Of `delay`: each way.
+    milliseconds: Annotated[int, Field(ge=1, le=10_000)] = 100
+    # Of `jump`: forward.
+    hours: float = 1.0
+    # Done so often, the next one so many seconds after the last began.
+    times: Annotated[int, Field(ge=1)] = 1
+    every: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -84,15 +143,47 @@ class Fault(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Fault:
-        if self.seconds and self.action is not Action.STOP:
-            raise ValueError("only a stop takes seconds")
-        if self.action is Action.DRAIN and self.target.kind != "worker":
-            raise ValueError("only a worker can be drained")
+        action = self.action
+        if self.target.kind not in _TARGETS[action]:
+            raise ValueError(f"{self.target} cannot be met by {action.value!r}: {', '.join(sorted(_TARGETS[action]))}")
+        if self.target.kind == "etcd" and not self.target.name and action in _LASTING:
+            raise ValueError(f"{action.value!r} takes one member of etcd by its name")
+        if self.seconds and action not in _LASTING | {Action.STOP, Action.KILL}:
+            raise ValueError(f"{action.value!r} takes no seconds")
+        if self.seconds and action is Action.KILL and self.target.kind not in _DAEMONS:
+            raise ValueError(f"only a daemon stays away for seconds, not a {self.target.kind}")
+        if not self.seconds and action in _LASTING:
+            raise ValueError(f"{action.value!r} takes seconds")
+        if self.peers != "everybody" and action not in _CABLES:
+            raise ValueError(f"{action.value!r} takes no from")
         return self
 
+    @property
+    def needs_hosts(self) -> bool:
+        """Only a cluster that chaos itself runs, each daemon on a host of its own, can be met so."""
+        return (
+            self.action in _NEED_HOSTS
+            or (self.action is Action.KILL and self.seconds > 0)
+            or (self.target.kind == "etcd" and bool(self.target.name))
+        )
+
     def __str__(self) -> str:
-        lasting = f" for {self.seconds:g} s" if self.seconds else ""
-        return f"{self.action.value} {self.target}{lasting}"
+        parts = [self.action.value, str(self.target)]
+        if self.action is Action.LOSE:
+            parts.append(f"{self.percent} %")
+        if self.action is Action.DELAY:
+            parts.append(f"by {self.milliseconds} ms")
+        if self.action is Action.JUMP:
+            parts.append(f"by {self.hours:g} h")
+        if self.peers != "everybody":
+            parts.append(f"from {self.peers}")
+        if self.seconds:
+            parts.append(f"for {self.seconds:g} s")
+        if self.times > 1:
+            parts.append(f"{self.times} times")
+        if self.when:
+            parts.append(f"while {self.when}")
+        return " ".join(parts)
 
 
 class Round(_Strict):
@@ -106,16 +197,40 @@ class Round(_Strict):
         return self.name or ", then ".join(map(str, self.faults))
 
 
+class HostsShape(_Strict):
+    """A cluster over hosts of its own, network namespaces of this machine: one daemon a host."""
+
+    etcd: Literal[1, 3, 5] = 3
+    controlplanes: Annotated[int, Field(ge=1, le=9)] = 2
+    workers: Annotated[int, Field(ge=1, le=32)] = 2
+
+
 class Plan(_Strict):
     """Rounds, one after another, each on a cluster that is whole again."""
 
     rounds: Annotated[list[Round], Field(min_length=1)]
+    # None: a cluster that runs already.
+    hosts: HostsShape | None = None
     streams: Annotated[int, Field(ge=1)] = 16
     tokens: Annotated[int, Field(ge=2)] = 200
     # Seconds between new short requests all along; 0: none.
     new_request_every: Annotated[float, Field(ge=0)] = 0.5
     # Seconds that the cluster may take to be whole again after a round.
     heal: Annotated[float, Field(gt=0)] = 180.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        lacking = [fault for part in self.rounds for fault in part.faults if fault.needs_hosts and self.hosts is None]
+        if lacking:
+            raise ValueError(f"'{lacking[0]}' needs hosts: give the plan a section `hosts`")
+        return self
+
+    def only(self, text: str) -> Plan:
+        """The same plan with the rounds alone whose title contains `text`. Raises PlanError if there are none."""
+        rounds = [part for part in self.rounds if text in part.title]
+        if not rounds:
+            raise PlanError(f"no round of the plan is called {text!r}: {'; '.join(part.title for part in self.rounds)}")
+        return self.model_copy(update={"rounds": rounds})
 
 
 def read_plan(path: Path) -> Plan:

@@ -1,23 +1,29 @@
-"""The report of a run: Markdown, and a picture of every stream and fault."""
+"""The report of a run: Markdown, and for each round a picture of every stream and fault."""
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
 from protos.perdure.v1 import admin_pb2
 from tools.chaos.rounds import Outcome, Result
-from tools.ctl.views import FAILURE_STEPS, failures_view
+from tools.ctl.views import FAILURE_STEPS, failures_view, reason_text
 
-PICTURE = "timeline.png"
-
-LABEL_ROWS = 2
+LABEL_ROWS = 1.4
 """Height of a fault's label above the streams, in streams."""
+
+QUIET = frozenset({"failure_recovered"})
+"""Events that tell an operator nothing beside what else is told."""
+
+MARKED = {"node_lost": "tab:orange", "leader_elected": "tab:purple", "replica_ready": "tab:green"}
+"""Events that a picture shows, as dotted lines."""
 
 
 def write_report(result: Result, folder: Path) -> Path:
-    """Write report.md and timeline.png into `folder`. The report's path."""
+    """Write report.md and its pictures into `folder`. The report's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw(result, folder / PICTURE)
+    for number, outcome in enumerate((result.undisturbed, *result.rounds)):
+        draw(outcome, folder / _picture(number))
     path = folder / "report.md"
     path.write_text(render(result), encoding="utf-8")
     return path
@@ -32,64 +38,131 @@ def render(result: Result) -> str:
     lines = [
         "# Chaos report",
         "",
-        f"{verdict} {count} streams a round; the longest gap of the undisturbed run was {usual * 1000:.0f} ms.",
+        f"{verdict} {count} streams at a time; the longest gap of the undisturbed run was {usual * 1000:.0f} ms.",
         "",
-        "| round | streams as undisturbed | new requests served | longest gap, ms | slowest new request, ms |",
-        "|---|---|---|---|---|",
-        *(_row(outcome) for outcome in (result.undisturbed, *result.rounds)),
+        "| | round | verdict | streams as undisturbed | new requests served | longest gap, ms "
+        "| slowest new request, ms | failed replicas: first token again, served again (ms) | whole again, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_row(number, outcome) for number, outcome in enumerate((result.undisturbed, *result.rounds))),
         "",
-        f"![each stream's events and the faults]({PICTURE})",
+        "*Longest gap*: between two events at one client. *First token again*, *served again*: since the failure was "
+        "noticed. *Whole again*: since the round's last stream ended.",
     ]
-    for outcome in result.rounds:
-        lines += ["", f"## {outcome.title}", "", *_story(outcome)]
+    for number, outcome in enumerate(result.rounds, 1):
+        lines += ["", f"## {number}. {outcome.title}: {outcome.verdict}", "", *_story(outcome)]
+        lines += ["", f"![each stream's events and the faults]({_picture(number)})"]
     return "\n".join(lines) + "\n"
 
 
-def draw(result: Result, path: Path) -> None:
-    """One panel a round: a row a stream, a tick an event, a line a fault."""
+def draw(outcome: Outcome, path: Path) -> None:
+    """A row a stream number, a tick an event, a line a fault; what differs from the undisturbed run is red."""
     # Only here: a serving host does without it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    outcomes = (result.undisturbed, *result.rounds)
-    figure = Figure(figsize=(11, 2.2 * len(outcomes)), layout="constrained")
+    streams = outcome.load.streams
+    rows = 1 + max(stream.number for stream in streams)
+    # A line more for the legend.
+    height = rows + LABEL_ROWS * (1 + max(len(outcome.inflicted), 1))
+    figure = Figure(figsize=(11, 0.6 + 0.15 * height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(outcomes), 1, squeeze=False)[:, 0]
-    for panel, outcome in zip(panels, outcomes, strict=True):
-        times = [[at - outcome.begun for at in stream.times] for stream in outcome.load.streams]
-        colours = ["tab:red" if index in outcome.differing else "tab:blue" for index in range(len(times))]
-        panel.eventplot(times, lineoffsets=list(range(len(times))), linelengths=0.8, linewidths=0.4, colors=colours)
-        for number, (at, what) in enumerate(sorted(outcome.inflicted)):
-            panel.axvline(at - outcome.begun, color="black", linewidth=1)
-            panel.text(at - outcome.begun, len(times) + LABEL_ROWS * number, f" {what}", fontsize=7, va="bottom")
-        panel.set_ylim(-1, len(times) + LABEL_ROWS * max(len(outcome.inflicted), 1))
-        panel.set_yticks([0, len(times) - 1])
-        panel.set_title(f"{outcome.title} — longest gap {outcome.longest_gap_s * 1000:.0f} ms", fontsize=9, loc="left")
-        panel.set_ylabel("stream", fontsize=8)
-        panel.tick_params(labelsize=7)
-    panels[-1].set_xlabel("seconds since the round began", fontsize=8)
+    panel = figure.subplots()
+    panel.eventplot(
+        [[at - outcome.begun for at in stream.times] for stream in streams],
+        lineoffsets=[stream.number for stream in streams],
+        linelengths=0.8,
+        linewidths=0.6,
+        colors=["tab:red" if place in outcome.differing else "tab:blue" for place in range(len(streams))],
+    )
+    for number, (at, what) in enumerate(sorted(outcome.inflicted)):
+        panel.axvline(at - outcome.begun, color="black", linewidth=0.8)
+        panel.text(at - outcome.begun, rows + LABEL_ROWS * number, f" {what}", fontsize=7, va="bottom")
+    for at, event in outcome.events:
+        if event.name in MARKED:
+            panel.axvline(at - outcome.begun, color=MARKED[event.name], linewidth=0.8, linestyle=":")
+    panel.legend(
+        handles=[Line2D([], [], color=colour, linestyle=":", label=_words(name)) for name, colour in MARKED.items()],
+        fontsize=7,
+        loc="upper right",
+        frameon=False,
+        ncols=len(MARKED),
+    )
+    panel.set_ylim(-1, height)
+    panel.set_yticks([0, rows - 1])
+    panel.set_title(f"{outcome.title}: longest gap {outcome.longest_gap_s * 1000:.0f} ms", fontsize=9, loc="left")
+    panel.set_ylabel("stream", fontsize=8)
+    panel.set_xlabel("seconds since the round began", fontsize=8)
+    panel.tick_params(labelsize=7)
     figure.savefig(path, dpi=110)
 
 
-def _row(outcome: Outcome) -> str:
+def _picture(number: int) -> str:
+    return f"round-{number:02}.png"
+
+
+def _row(number: int, outcome: Outcome) -> str:
     streams, new = outcome.load.streams, outcome.load.new
     same = len(streams) - len(outcome.differing)
     asked = new.served + len(new.failed)
+    phases = "; ".join(_phases(outcome)) or "none"
+    whole = f"{outcome.whole_s:.1f}" if outcome.whole_s else "never"
     return (
-        f"| {outcome.title} | {same} of {len(streams)} | {new.served} of {asked} | "
-        f"{outcome.longest_gap_s * 1000:.0f} | {new.longest_s * 1000:.0f} |"
+        f"| {number or ''} | {outcome.title} | {outcome.verdict} | {same} of {len(streams)} | {new.served} of {asked} "
+        f"| {outcome.longest_gap_s * 1000:.0f} | {new.longest_s * 1000:.0f} | {phases} | {whole} |"
     )
 
 
+def _phases(outcome: Outcome) -> list[str]:
+    """Of each failed replica the two times that count."""
+    rows = failures_view(admin_pb2.ListFailuresResponse(failures=[failure for _, failure in outcome.failures]))
+    told: list[str] = []
+    for row in rows:
+        token, regrouped = (row["steps_ms"][step] for step in ("first_token", "regrouped"))
+        told.append(f"{row['replica']} @ {row['epoch']}: {_ms(token)}, {_ms(regrouped)}")
+    return told
+
+
+def _ms(value: int | None) -> str:
+    return "–" if value is None else str(value)
+
+
 def _story(outcome: Outcome) -> list[str]:
-    what = [(at, f"fault: {text}") for at, text in outcome.inflicted]
+    """What was done, what the cluster said, what was wrong; in the order of time."""
+    what = [(at, f"**{text}**") for at, text in outcome.inflicted]
     what += [(at, _failure(failure)) for at, failure in outcome.failures]
-    lines = [f"- {at - outcome.begun:.2f} s: {text}" for at, text in sorted(what)]
+    what += [(at, _event(event)) for at, event in outcome.events if event.name not in QUIET]
+    lines = [f"- {problem}" for problem in _wrong(outcome)]
+    for text, group in groupby(sorted(what), key=lambda item: item[1]):
+        times = [at - outcome.begun for at, _ in group]
+        until = f" to {times[-1]:.2f} s, {len(times)} times" if len(times) > 1 else " s"
+        lines.append(f"- {times[0]:.2f}{until}: {text}")
     if not outcome.failures:
         lines.append("- the leader recorded no failed replica")
-    lines += [f"- stream {index}: {problem}" for index, problem in sorted(outcome.differing.items())]
-    lines += [f"- a new request failed: {problem}" for problem in outcome.load.new.failed]
     return lines
+
+
+def _wrong(outcome: Outcome) -> list[str]:
+    streams = outcome.load.streams
+    lines = [f"wrong: {problem}" for problem in outcome.problems]
+    lines += [
+        f"wrong: stream {streams[place].number}: {problem}" for place, problem in sorted(outcome.differing.items())
+    ]
+    return lines + [f"wrong: a new request failed: {problem}" for problem in outcome.load.new.failed]
+
+
+def _event(event: admin_pb2.EventsResponse) -> str:
+    named = [part for part in (event.node, f"{event.replica} @ {event.epoch}" if event.replica else "") if part]
+    if event.name.startswith("leader"):
+        named.append(f"(term {event.term})")
+    if not named:
+        named = [f"{name} {value}" for name, value in sorted(event.details.items())]
+    reason = reason_text(event)
+    return " ".join([_words(event.name), *named]) + (f": {reason}" if reason else "")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _failure(failure: admin_pb2.FailureStatus) -> str:

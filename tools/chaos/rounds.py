@@ -8,9 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protos.perdure.v1 import admin_pb2
-from tools.chaos.live import LiveCluster
+from tools.chaos.chronicle import Chronicle
+from tools.chaos.faults import Saboteur
+from tools.chaos.hosts import Hosts, HostsError
+from tools.chaos.live import POLL_S, ChaosError, LiveCluster
 from tools.chaos.load import Load, Stream
-from tools.chaos.plan import Fault, Plan, Round
+from tools.chaos.network import NetworkError
+from tools.chaos.plan import Fault, Plan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,8 +31,16 @@ class Outcome:
     failures: list[tuple[float, admin_pb2.FailureStatus]] = field(
         default_factory=list[tuple[float, admin_pb2.FailureStatus]]
     )
-    # Streams that ended otherwise than the undisturbed run's, by number.
+    # (time.monotonic, what the leaders noted).
+    events: list[tuple[float, admin_pb2.EventsResponse]] = field(
+        default_factory=list[tuple[float, admin_pb2.EventsResponse]]
+    )
+    # Streams that ended otherwise than the undisturbed run's, by their place in the load.
     differing: dict[int, str] = field(default_factory=dict[int, str])
+    # What else was not as it has to be.
+    problems: list[str] = field(default_factory=list[str])
+    # From the end of the last stream until the cluster was whole; 0: it was not.
+    whole_s: float = 0.0
 
     @property
     def longest_gap_s(self) -> float:
@@ -36,8 +48,12 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Every stream is as if nothing had been, and every new request was served."""
-        return not self.differing and not self.load.new.failed
+        """Every stream is as if nothing had been, every new request was served, and the cluster is whole again."""
+        return not (self.differing or self.load.new.failed or self.problems)
+
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.passed else "FAILED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,61 +64,94 @@ class Result:
     rounds: Sequence[Outcome]
 
 
-async def run_plan(plan: Plan, cluster: LiveCluster, urls: Sequence[str], say: Callable[[str], None]) -> Result:
-    """Raises ChaosError if the cluster is not whole, or lacks somebody that the plan names."""
+async def run_plan(
+    plan: Plan, cluster: LiveCluster, hosts: Hosts | None, urls: Sequence[str], say: Callable[[str], None]
+) -> Result:
+    """Raises ChaosError if the cluster is not whole at first, or lacks somebody that the plan names."""
     await cluster.wait_whole(plan.heal)
     for fault in (fault for part in plan.rounds for fault in part.faults):
-        await cluster.find(fault.target)
+        await Saboteur(cluster, hosts, say).check(fault)
     say("undisturbed run …")
-    undisturbed = await _run_round(plan, Round.model_construct(name="undisturbed", faults=[]), cluster, urls)
+    undisturbed = Outcome(title="undisturbed", load=Load(urls, plan.streams, plan.tokens), begun=time.monotonic())
+    await _run_round(plan, [], cluster, hosts, undisturbed)
     outcomes: list[Outcome] = []
     for part in plan.rounds:
-        await cluster.wait_whole(plan.heal)
-        outcome = await _run_round(plan, part, cluster, urls)
-        outcome.differing = differing(outcome.load.streams, undisturbed.load.streams)
+        outcome = Outcome(title=part.title, load=Load(urls, plan.streams, plan.tokens), begun=time.monotonic())
         outcomes.append(outcome)
-        verdict = "ok" if outcome.passed else "FAILED"
-        say(f"{part.title}: {verdict}, longest gap {outcome.longest_gap_s * 1000:.0f} ms")
-    await cluster.wait_whole(plan.heal)
+        await _run_round(plan, part.faults, cluster, hosts, outcome)
+        outcome.differing = differing(outcome.load.streams, undisturbed.load.streams)
+        say(f"{part.title}: {outcome.verdict}, longest gap {outcome.longest_gap_s * 1000:.0f} ms")
+        if not outcome.whole_s:
+            # No later round could be judged.
+            break
     return Result(undisturbed=undisturbed, rounds=outcomes)
 
 
 def differing(streams: Sequence[Stream], undisturbed: Sequence[Stream]) -> dict[int, str]:
-    """Number of each stream that is not as in the undisturbed run, and how."""
+    """Place of each stream that is not as in the undisturbed run, and how."""
+    references = {reference.number: reference for reference in undisturbed}
     found: dict[int, str] = {}
-    for index, (stream, reference) in enumerate(zip(streams, undisturbed, strict=True)):
+    for place, stream in enumerate(streams):
+        reference = references[stream.number]
         if stream.error:
-            found[index] = f"ended after {len(stream.times)} events: {stream.error}"
+            found[place] = f"ended after {len(stream.times)} events: {stream.error}"
         elif not stream.finish:
-            found[index] = "ended without a finish"
+            found[place] = "ended without a finish"
         elif stream.text != reference.text:
-            found[index] = f"another text, from character {_first_difference(stream.text, reference.text)} on"
+            found[place] = f"another text, from character {_first_difference(stream.text, reference.text)} on"
     return found
 
 
-async def _run_round(plan: Plan, part: Round, cluster: LiveCluster, urls: Sequence[str]) -> Outcome:
-    outcome = Outcome(title=part.title, load=Load(urls, plan.streams, plan.tokens), begun=time.monotonic())
-    before = {_key(failure) for failure in await cluster.failures()}
+async def _run_round(
+    plan: Plan, faults: Sequence[Fault], cluster: LiveCluster, hosts: Hosts | None, outcome: Outcome
+) -> None:
+    chronicle = Chronicle(cluster)
+    await chronicle.begin()
+    following = asyncio.create_task(chronicle.follow())
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(outcome.load.run())
+            if plan.new_request_every:
+                tasks.create_task(outcome.load.ask_all_along(plan.new_request_every))
+            tasks.create_task(_inflict_all(faults, cluster, hosts, outcome))
+        ended = time.monotonic()
+        await cluster.wait_whole(plan.heal)
+        outcome.whole_s = max(time.monotonic() - ended, POLL_S)
+        await chronicle.read()
+    except ChaosError as error:
+        outcome.problems.append(str(error))
+    finally:
+        following.cancel()
+    outcome.failures, outcome.events = chronicle.failures, chronicle.events
+
+
+async def _inflict_all(faults: Sequence[Fault], cluster: LiveCluster, hosts: Hosts | None, outcome: Outcome) -> None:
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(outcome.load.run())
-        if plan.new_request_every:
-            tasks.create_task(outcome.load.ask_all_along(plan.new_request_every))
-        for fault in part.faults:
-            tasks.create_task(_inflict(fault, cluster, outcome))
-    found, now = await cluster.failures(), time.monotonic()
-    outcome.failures = [(now - item.age_ms / 1000, item) for item in found if _key(item) not in before]
-    return outcome
+        for fault in faults:
+            tasks.create_task(_inflict(fault, cluster, hosts, outcome))
+    outcome.load.enough()
 
 
-async def _inflict(fault: Fault, cluster: LiveCluster, outcome: Outcome) -> None:
+async def _inflict(fault: Fault, cluster: LiveCluster, hosts: Hosts | None, outcome: Outcome) -> None:
+    def note(text: str) -> None:
+        outcome.inflicted.append((time.monotonic(), text))
+
+    saboteur = Saboteur(cluster, hosts, note)
     await outcome.load.reach(fault.at)
     await asyncio.sleep(fault.after)
-    outcome.inflicted.append((time.monotonic(), str(fault)))
-    await cluster.inflict(fault)
-
-
-def _key(failure: admin_pb2.FailureStatus) -> tuple[str, int]:
-    return failure.replica, failure.epoch
+    try:
+        if fault.when:
+            await saboteur.wait_for(fault.when)
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(fault.times):
+                if number:
+                    await asyncio.sleep(fault.every)
+                note(str(fault) if fault.times == 1 else f"{fault} ({number + 1})")
+                tasks.create_task(saboteur.inflict(fault))
+        if fault.seconds:
+            note(f"over: {fault}")
+    except* (ChaosError, HostsError, NetworkError, ProcessLookupError) as errors:
+        outcome.problems += [f"{fault}: {error}" for error in errors.exceptions]
 
 
 def _first_difference(text: str, reference: str) -> int:

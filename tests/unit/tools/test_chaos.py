@@ -7,22 +7,59 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools.chaos.command import CORE_PLAN
-from tools.chaos.load import Load
-from tools.chaos.plan import Action, PlanError, read_plan
+from tools.chaos.command import CORE_PLAN, FULL_PLAN
+from tools.chaos.faults import losses_of
+from tools.chaos.load import Load, Stream
+from tools.chaos.network import Loss
+from tools.chaos.plan import Action, Fault, PlanError, read_plan
 from tools.chaos.report import write_report
 from tools.chaos.rounds import Outcome, Result, differing
 
 
-def plan_file(folder: Path, *faults: object) -> Path:
+def plan_file(folder: Path, *faults: object, **sections: object) -> Path:
     path = folder / "plan.yaml"
-    path.write_text(yaml.safe_dump({"rounds": [{"faults": list(faults)}]}))
+    path.write_text(yaml.safe_dump({"rounds": [{"faults": list(faults)}], **sections}))
     return path
 
 
 def test_the_core_plan_is_one() -> None:
     plan = read_plan(CORE_PLAN)
     assert {fault.action for part in plan.rounds for fault in part.faults} == {Action.KILL, Action.STOP}
+
+
+def test_the_full_plan_has_every_kind_of_fault() -> None:
+    plan = read_plan(FULL_PLAN)
+    used = {fault.action for part in plan.rounds for fault in part.faults}
+    assert plan.hosts is not None
+    assert set(Action) - used == {Action.DRAIN, Action.TERMINATE}, "which a restart of everything does"
+    assert len({part.title for part in plan.rounds}) == len(plan.rounds)
+
+
+def test_rounds_are_picked_by_their_name() -> None:
+    plan = read_plan(FULL_PLAN)
+    assert [part.title for part in plan.only("zygote").rounds] == ["zygote killed"]
+    with pytest.raises(PlanError, match="no round of the plan is called 'mars'"):
+        plan.only("mars")
+
+
+def test_hosts_are_demanded_by_what_needs_them(tmp_path: Path) -> None:
+    cut = {"cut": "leader", "from": "etcd", "seconds": 5}
+    with pytest.raises(PlanError, match="'cut leader from etcd for 5 s' needs hosts"):
+        read_plan(plan_file(tmp_path, cut))
+    plan = read_plan(plan_file(tmp_path, cut, hosts={"etcd": 3}))
+    assert plan.rounds[0].faults[0].peers == "etcd"
+
+
+@pytest.mark.parametrize(
+    ("fault", "lost"),
+    [
+        ({"cut": "worker w", "seconds": 1}, [Loss("w", "a"), Loss("a", "w"), Loss("w", "b"), Loss("b", "w")]),
+        ({"mute": "worker w", "seconds": 1}, [Loss("w", "a"), Loss("w", "b")]),
+        ({"deafen": "worker w", "seconds": 1}, [Loss("a", "w"), Loss("b", "w")]),
+    ],
+)
+def test_what_a_fault_of_a_cable_loses(fault: object, lost: list[Loss]) -> None:
+    assert losses_of(Fault.model_validate(fault), "w", ["w", "a", "b"]) == lost
 
 
 def test_a_rank_is_named_by_its_replica(tmp_path: Path) -> None:
@@ -39,11 +76,15 @@ def test_a_rank_is_named_by_its_replica(tmp_path: Path) -> None:
         ({"kill": "rank"}, "'rank' takes a name"),
         ({"kill": "leader cp-0"}, "'leader' takes no name"),
         ({"kill": "rank main-0/x"}, "is no number"),
-        ({"at": 3}, "a fault names one of kill, stop, terminate, drain"),
+        ({"at": 3}, "a fault names one of kill, stop, terminate, drain, cut"),
         ({"kill": "leader", "stop": "leader"}, "a fault names one of"),
-        ({"kill": "leader", "seconds": 3}, "only a stop takes seconds"),
-        ({"drain": "leader"}, "only a worker can be drained"),
-        ({"kill": "leader", "when": 3}, "rounds.0.faults.0.when"),
+        ({"terminate": "leader", "seconds": 3}, "'terminate' takes no seconds"),
+        ({"kill": "rank main-0", "seconds": 3}, "only a daemon stays away for seconds, not a rank"),
+        ({"drain": "leader"}, "leader cannot be met by 'drain': worker"),
+        ({"cut": "leader"}, "'cut' takes seconds"),
+        ({"cut": "etcd", "seconds": 3}, "takes one member of etcd by its name"),
+        ({"kill": "leader", "from": "etcd"}, "'kill' takes no from"),
+        ({"kill": "leader", "when": "sleeping main-0"}, "rounds.0.faults.0.when"),
         ("leader", "a fault is a mapping"),
     ],
 )
@@ -76,6 +117,9 @@ def test_each_way_to_differ_is_told() -> None:
     seen.streams[2].error = "503: gone"
     seen.streams[3].finish = ""
     found = differing(seen.streams, wave("same", "same", "same", "same").streams)
+    seen.streams.append(Stream(0, text="sane", finish="length"))
+    again = differing(seen.streams, wave("same", "same", "same", "same").streams)
+    assert again.keys() - found.keys() == {4}, "a later stream of a number has the same reference"
     assert found == {
         1: "another text, from character 1 on",
         2: "ended after 3 events: 503: gone",
@@ -88,11 +132,14 @@ def test_the_report_says_what_failed_and_draws_it(tmp_path: Path) -> None:
     outcome = Outcome(title="kill leader", load=wave("a", "x"), begun=0.5, inflicted=[(1.2, "kill leader")])
     outcome.differing = differing(outcome.load.streams, undisturbed.load.streams)
     outcome.load.new.failed.append("503: nobody")
+    outcome.problems.append("not whole")
     path = write_report(Result(undisturbed=undisturbed, rounds=[outcome]), tmp_path / "report")
     text = path.read_text()
     assert "**1 rounds failed.**" in text
-    assert "| kill leader | 1 of 2 | 0 of 1 | 1500 | 0 |" in text
-    assert "- 0.70 s: fault: kill leader" in text
-    assert "- stream 1: another text, from character 0 on" in text
-    assert "- a new request failed: 503: nobody" in text
-    assert (path.parent / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert "| 1 | kill leader | FAILED | 1 of 2 | 0 of 1 | 1500 | 0 | none | never |" in text
+    assert "- 0.70 s: **kill leader**" in text
+    assert "- wrong: not whole" in text
+    assert "- wrong: stream 1: another text, from character 0 on" in text
+    assert "- wrong: a new request failed: 503: nobody" in text
+    for number in (0, 1):
+        assert (path.parent / f"round-0{number}.png").read_bytes().startswith(b"\x89PNG")

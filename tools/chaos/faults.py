@@ -1,0 +1,169 @@
+"""Carries out one fault: finds who is meant at this moment, does it, and undoes what has an end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+
+from protos.perdure.v1 import common_pb2
+from tools.chaos.hosts import Hosts
+from tools.chaos.live import ChaosError, LiveCluster
+from tools.chaos.network import Loss
+from tools.chaos.plan import Action, Fault, Target
+from tools.chaos.poison import poison
+
+SIGNALS = {Action.KILL: signal.SIGKILL, Action.STOP: signal.SIGSTOP, Action.TERMINATE: signal.SIGTERM}
+PHASES = {
+    "loading": {common_pb2.REPLICA_PHASE_LOADING},
+    "regrouping": {common_pb2.REPLICA_PHASE_PREPARING, common_pb2.REPLICA_PHASE_FORMING},
+}
+WHEN_POLL_S = 0.01
+WHEN_MAX_S = 60.0
+DRAIN_MS = 2000
+"""Of a rolling restart: streams that still run then go on elsewhere."""
+
+RETURN_MAX_S = 120.0
+
+
+class Saboteur:
+    """One for a run. `hosts`: the cluster's, if it is chaos's own."""
+
+    def __init__(self, cluster: LiveCluster, hosts: Hosts | None, say: Callable[[str], None]) -> None:
+        self._cluster = cluster
+        self._hosts = hosts
+        # What happened beside the fault itself, for the report.
+        self._say = say
+
+    async def wait_for(self, when: str) -> None:
+        """Return when a replica is in a phase ("loading main-0"). Raises ChaosError if it does not come there."""
+        word, replica = when.split()
+        deadline = asyncio.get_running_loop().time() + WHEN_MAX_S
+        while asyncio.get_running_loop().time() < deadline:
+            status = await self._cluster.status()
+            if any(row.id == replica and row.phase in PHASES[word] for row in status.replicas):
+                return
+            await asyncio.sleep(WHEN_POLL_S)
+        raise ChaosError(f"{replica} was not seen {word} within {WHEN_MAX_S:g} s")
+
+    async def inflict(self, fault: Fault) -> None:
+        """Return when it is over. Raises ChaosError, NetworkError or HostsError."""
+        match fault.action:
+            case Action.DRAIN:
+                await self._cluster.drain(fault.target.name)
+            case Action.POISON:
+                self._say(await poison(self._cluster))
+            case Action.KILL | Action.STOP | Action.TERMINATE:
+                await self._signal(fault)
+            case Action.SAVE:
+                await self._own().save_etcd()
+            case Action.RESTORE:
+                await self._own().restore_etcd()
+            case Action.JUMP:
+                for host in await self._hosts_of(fault.target):
+                    self._own().set_clock(host, fault.hours * 3600)
+            case Action.RESTART:
+                await self._restart_all()
+            case _:
+                (host,) = await self._hosts_of(fault.target)
+                async with self._disturbed(fault, host):
+                    await asyncio.sleep(fault.seconds)
+
+    async def check(self, fault: Fault) -> None:
+        """Raises ChaosError if nobody is meant now."""
+        if fault.target.kind in ("request", "everything"):
+            return
+        for pid in await self._processes(fault.target):
+            os.kill(pid, 0)
+
+    # ------------------------------------------------------------ processes
+
+    async def _signal(self, fault: Fault) -> None:
+        held = await self._held_down(fault)
+        pids = await self._processes(fault.target)
+        for name in held:
+            self._own().daemons[name].hold()
+        try:
+            for pid in pids:
+                os.kill(pid, SIGNALS[fault.action])
+            await asyncio.sleep(fault.seconds)
+        finally:
+            for name in held:
+                self._own().daemons[name].release()
+            if fault.action is Action.STOP and fault.seconds:
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
+
+    async def _held_down(self, fault: Fault) -> list[str]:
+        """Daemons that are not to be started again meanwhile."""
+        return await self._hosts_of(fault.target) if fault.action is Action.KILL and fault.seconds else []
+
+    async def _processes(self, target: Target) -> list[int]:
+        if self._hosts is not None and target.kind == "etcd":
+            return [self._hosts.daemons[name].pid for name in await self._hosts_of(target)]
+        return [await self._cluster.find(target)]
+
+    # ------------------------------------------------------------ hosts
+
+    def _own(self) -> Hosts:
+        assert self._hosts is not None, "the plan was checked"
+        return self._hosts
+
+    async def _hosts_of(self, target: Target) -> list[str]:
+        """Hosts are called as what runs there."""
+        if target.kind == "everything":
+            return [*self._own().groups["controlplanes"], *self._own().groups["workers"]]
+        if target.kind in ("leader", "standby"):
+            return [await self._cluster.name_of(target)]
+        return self._own().of(target.name or target.kind)
+
+    def _disturbed(self, fault: Fault, host: str) -> AbstractAsyncContextManager[None]:
+        hosts = self._own()
+        match fault.action:
+            case Action.FILL:
+                return hosts.disk_full(host)
+            case Action.UNPLUG:
+                return hosts.network.unplugged(host)
+            case Action.DELAY:
+                return hosts.network.delayed(host, fault.milliseconds)
+            case _:
+                return hosts.network.losing(losses_of(fault, host, hosts.of(fault.peers)))
+
+    # ------------------------------------------------------------ everything, one after the other
+
+    async def _restart_all(self) -> None:
+        hosts = self._own()
+        for name in hosts.groups["workers"]:
+            await self._restarted(name, self._cluster.drain(name, leave_ms=DRAIN_MS))
+        for name in (*hosts.groups["controlplanes"], *hosts.groups["etcd"]):
+            await self._restarted(name, self._terminate(name))
+
+    async def _terminate(self, name: str) -> None:
+        os.kill(self._own().daemons[name].pid, signal.SIGTERM)
+
+    async def _restarted(self, name: str, asking: Awaitable[None]) -> None:
+        daemon = self._own().daemons[name]
+        before = daemon.pid
+        await asking
+        deadline = asyncio.get_running_loop().time() + RETURN_MAX_S
+        while daemon.pid == before or not daemon.running:
+            if asyncio.get_running_loop().time() > deadline:
+                raise ChaosError(f"{name} did not end within {RETURN_MAX_S:g} s of being asked to")
+            await asyncio.sleep(WHEN_POLL_S)
+        await self._cluster.wait_whole(RETURN_MAX_S)
+        self._say(f"{name} was restarted")
+
+
+def losses_of(fault: Fault, host: str, peers: list[str]) -> list[Loss]:
+    """What is lost between a host and others."""
+    losses: list[Loss] = []
+    for peer in peers:
+        if peer == host:
+            continue
+        if fault.action is not Action.DEAFEN:
+            losses.append(Loss(host, peer, fault.percent))
+        if fault.action is not Action.MUTE:
+            losses.append(Loss(peer, host, fault.percent))
+    return losses
