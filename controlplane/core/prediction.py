@@ -32,9 +32,7 @@ def pace(loads: Sequence[Load], capacities: Sequence[Capacity]) -> list[float]:
 
     Only a replica at work says something of itself: an idle one's last step was its warm-up, or long ago.
     """
-    lone = [
-        lone_step_s(load, capacity) if load.busy else 0.0 for load, capacity in zip(loads, capacities, strict=True)
-    ]
+    lone = [lone_step_s(load, capacity) if load.busy else 0.0 for load, capacity in zip(loads, capacities, strict=True)]
     measured = [value for value in lone if value > 0]
     typical = median(measured) if measured else STEP_S_GUESS
     return [value if value > typical * SAME_PACE or 0 < value < typical / SAME_PACE else typical for value in lone]
