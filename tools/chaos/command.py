@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from tools.chaos.hosts import Hosts, HostsError
 from tools.chaos.live import ChaosError, LiveCluster
 from tools.chaos.network import NetworkError, enter_namespaces
 from tools.chaos.plan import Action, Plan, PlanError, read_plan
-from tools.chaos.report import write_report
+from tools.chaos.report import REPORT, write_report
 from tools.chaos.rounds import Result, run_plan
 from tools.ctl.client import CtlError, find_addresses
 from tools.up.display import display_for_stdout
@@ -38,7 +39,9 @@ def chaos_command(
         typer.Option(help="HOST:PORT of control planes (with commas). Default: the cluster of `perdure up` here."),
     ] = None,
     report: Annotated[Path, typer.Option(help="Folder for report.md and its pictures.")] = Path("chaos-report"),
-    only: Annotated[str, typer.Option(help="Only the rounds whose name contains this.")] = "",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only rounds whose name contains this. May be given again.")
+    ] = None,
     model: Annotated[
         str, typer.Option("--model", help="What a plan with hosts serves.", show_default="the demo model")
     ] = DEMO_MODEL,
@@ -53,7 +56,7 @@ def chaos_command(
         wanted = read_plan(plan)
         wanted = wanted.only(only) if only else wanted
         if wanted.hosts is None:
-            result = asyncio.run(_run_here(wanted, address))
+            result = asyncio.run(_run_here(wanted, address, report))
         else:
             folder = asyncio.run(prepare_model(model, display_for_stdout()))
             enter_namespaces()
@@ -61,17 +64,17 @@ def chaos_command(
     except REFUSALS as error:
         typer.echo(f"perdure chaos: {error}", err=True)
         raise typer.Exit(EXIT_REFUSED) from error
-    typer.echo(f"report: {write_report(result, report)}")
+    typer.echo(f"report: {report / REPORT}")
     if not all(outcome.passed for outcome in result.rounds):
         raise typer.Exit(EXIT_FAILED)
 
 
-async def _run_here(plan: Plan, address: str | None) -> Result:
+async def _run_here(plan: Plan, address: str | None, report: Path) -> Result:
     addresses = find_addresses(address)
     local = None if address else StateDir(default_state_dir(ClusterConfig.from_flags().cluster.name)).running()
     cluster = LiveCluster(addresses, local)
     urls = [gateway.url for gateway in (await cluster.status()).gateways]
-    return await run_plan(plan, cluster, None, urls, typer.echo)
+    return await run_plan(plan, cluster, None, urls, typer.echo, partial(write_report, folder=report))
 
 
 async def _run_over_hosts(plan: Plan, model: Path, report: Path) -> Result:
@@ -82,6 +85,7 @@ async def _run_over_hosts(plan: Plan, model: Path, report: Path) -> Result:
         try:
             await hosts.start()
             cluster = LiveCluster(hosts.addresses, nodes=plan.hosts.workers)
-            return await run_plan(plan, cluster, hosts, hosts.urls, typer.echo)
+            save = partial(write_report, folder=report)
+            return await run_plan(plan, cluster, hosts, hosts.urls, typer.echo, save)
         finally:
             await hosts.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -225,11 +226,14 @@ class Plan(_Strict):
             raise ValueError(f"'{lacking[0]}' needs hosts: give the plan a section `hosts`")
         return self
 
-    def only(self, text: str) -> Plan:
-        """The same plan with the rounds alone whose title contains `text`. Raises PlanError if there are none."""
-        rounds = [part for part in self.rounds if text in part.title]
-        if not rounds:
-            raise PlanError(f"no round of the plan is called {text!r}: {'; '.join(part.title for part in self.rounds)}")
+    def only(self, texts: Sequence[str]) -> Plan:
+        """The same plan with the rounds alone whose title contains one of `texts`. Raises PlanError if there are none
+        for one of them."""
+        for text in texts:
+            if not any(text in part.title for part in self.rounds):
+                titles = "; ".join(part.title for part in self.rounds)
+                raise PlanError(f"no round of the plan is called {text!r}: {titles}")
+        rounds = [part for part in self.rounds if any(text in part.title for text in texts)]
         return self.model_copy(update={"rounds": rounds})
 
 

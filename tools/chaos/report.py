@@ -9,24 +9,23 @@ from protos.perdure.v1 import admin_pb2
 from tools.chaos.rounds import Outcome, Result
 from tools.ctl.views import FAILURE_STEPS, failures_view, reason_text
 
+REPORT = "report.md"
+
 LABEL_ROWS = 1.4
 """Height of a fault's label above the streams, in streams."""
 
-QUIET = frozenset({"failure_recovered"})
-"""Events that tell an operator nothing beside what else is told."""
+QUIET = frozenset({"failure_recovered", "requests_replayed", "request_resumed"})
+"""Events that tell an operator nothing beside what else is told, or are told as a number."""
 
 MARKED = {"node_lost": "tab:orange", "leader_elected": "tab:purple", "replica_ready": "tab:green"}
 """Events that a picture shows, as dotted lines."""
 
 
-def write_report(result: Result, folder: Path) -> Path:
-    """Write report.md and its pictures into `folder`. The report's path."""
+def write_report(result: Result, folder: Path) -> None:
+    """Write the report as far as the run has come, and the picture of its last round, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, outcome in enumerate((result.undisturbed, *result.rounds)):
-        draw(outcome, folder / _picture(number))
-    path = folder / "report.md"
-    path.write_text(render(result), encoding="utf-8")
-    return path
+    draw(result.rounds[-1], folder / _picture(len(result.rounds)))
+    (folder / REPORT).write_text(render(result), encoding="utf-8")
 
 
 def render(result: Result) -> str:
@@ -138,7 +137,11 @@ def _story(outcome: Outcome) -> list[str]:
         until = f" to {times[-1]:.2f} s, {len(times)} times" if len(times) > 1 else " s"
         lines.append(f"- {times[0]:.2f}{until}: {text}")
     if not outcome.failures:
-        lines.append("- the leader recorded no failed replica")
+        lines.append("- the leaders recorded no failed replica")
+    replayed = sum(int(event.details["requests"]) for _, event in outcome.events if event.name == "requests_replayed")
+    resumed = sum(event.name == "request_resumed" for _, event in outcome.events)
+    if replayed or resumed:
+        lines.append(f"- replays routed: {replayed}; streams that went on at another gateway: {resumed}")
     return lines
 
 

@@ -65,9 +65,15 @@ class Result:
 
 
 async def run_plan(
-    plan: Plan, cluster: LiveCluster, hosts: Hosts | None, urls: Sequence[str], say: Callable[[str], None]
+    plan: Plan,
+    cluster: LiveCluster,
+    hosts: Hosts | None,
+    urls: Sequence[str],
+    say: Callable[[str], None],
+    save: Callable[[Result], None],
 ) -> Result:
-    """Raises ChaosError if the cluster is not whole at first, or lacks somebody that the plan names."""
+    """`save` has the result as far as it goes after each round. Raises ChaosError if the cluster is not whole at first,
+    or lacks somebody that the plan names."""
     await cluster.wait_whole(plan.heal)
     for fault in (fault for part in plan.rounds for fault in part.faults):
         await Saboteur(cluster, hosts, say).check(fault)
@@ -81,6 +87,7 @@ async def run_plan(
         await _run_round(plan, part.faults, cluster, hosts, outcome)
         outcome.differing = differing(outcome.load.streams, undisturbed.load.streams)
         say(f"{part.title}: {outcome.verdict}, longest gap {outcome.longest_gap_s * 1000:.0f} ms")
+        save(Result(undisturbed=undisturbed, rounds=outcomes))
         if not outcome.whole_s:
             # No later round could be judged.
             break
