@@ -182,16 +182,19 @@ class Coordinator:
     # ------------------------------------------------------------ the actor
 
     async def run(self) -> None:
-        """Eternal."""
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            tasks.create_task(self._follow_election())
-            tasks.create_task(self._tick())
-            while True:
-                self._handle(await self._mailbox.get())
-                for item in self._mailbox.drain(BATCH_ITEMS_MAX):
-                    self._handle(item)
-                await asyncio.sleep(0)
+        """Eternal. Once it is cancelled, links that still have something to say wait for nobody."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                tasks.create_task(self._follow_election())
+                tasks.create_task(self._tick())
+                while True:
+                    self._handle(await self._mailbox.get())
+                    for item in self._mailbox.drain(BATCH_ITEMS_MAX):
+                        self._handle(item)
+                    await asyncio.sleep(0)
+        finally:
+            self._mailbox.close()
 
     async def _follow_election(self) -> None:
         async for event in self._election.events():

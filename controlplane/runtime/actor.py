@@ -35,13 +35,14 @@ class Mailbox(Generic[T]):
         self._readable = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._items)
 
     async def put(self, item: T) -> None:
         """Append `item`, waiting for room."""
-        while len(self._items) >= self.capacity:
+        while len(self._items) >= self.capacity and not self._closed:
             self._writable.clear()
             await self._writable.wait()
         self._append(None, item)
@@ -73,7 +74,19 @@ class Mailbox(Generic[T]):
         """Up to `limit` items that are there now, oldest first."""
         return [self._take() for _ in range(min(limit, len(self._items)))]
 
+    def close(self) -> None:
+        """Nobody reads any more: what is there and whatever is sent from now on is dropped, and no sender waits."""
+        self._closed = True
+        self.dropped += len(self._items)
+        self._items.clear()
+        self._latest.clear()
+        self._writable.set()
+
     def _append(self, key: Hashable | None, item: T) -> None:
+        if self._closed:
+            self.dropped += 1
+            self._latest.clear()
+            return
         self._items.append((key, item))
         self._readable.set()
 

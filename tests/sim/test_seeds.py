@@ -1,15 +1,21 @@
-"""A fixed range of seeds. A seed that fails prints its number, its faults and the end of its story;
-`python -m tools.sim SEED` prints all of it, and `--minutes` runs fresh ones."""
+"""A fixed and a fresh range of seeds. A seed that fails prints its number, its faults and the end of its story;
+`python -m tools.sim SEED` prints all of it, and `--minutes` runs more fresh ones."""
 
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 
+from tools.sim.__main__ import SEEDS_MAX
 from tools.sim.faults import Fault
 from tools.sim.run import Outcome, run_seed
 from tools.sim.world import Shape
 
-FIXED = range(10)
+FIXED = range(6)
+FRESH_CPU_S = 8.0
+"""Processor time for seeds that nobody has run before."""
 LINES_SHOWN = 60
 
 
@@ -23,6 +29,15 @@ def expect_well(outcome: Outcome) -> None:
 @pytest.mark.parametrize("seed", FIXED)
 def test_fixed_seeds(seed: int) -> None:
     expect_well(run_seed(seed))
+
+
+def test_fresh_seeds() -> None:
+    first, begun = random.SystemRandom().randrange(SEEDS_MAX), time.thread_time()
+    for seed in range(first, first + SEEDS_MAX):
+        expect_well(run_seed(seed))
+        if time.thread_time() - begun >= FRESH_CPU_S:
+            print(f"fresh seeds {first}..{seed + 1}")
+            return
 
 
 def test_without_faults_every_request_finishes() -> None:

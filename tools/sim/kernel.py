@@ -47,15 +47,21 @@ class Kernel:
 
     def run_until(self, end: float) -> None:
         """Let time pass up to `end`."""
-        heap = self._heap
-        while heap and heap[0][0] <= end:
-            when, _, timer = heapq.heappop(heap)
-            if timer.action is None:
-                continue
-            self.now = when
-            self.steps += 1
-            timer.action(*timer.arguments)
+        while self.run_next(end):
+            pass
         self.now = max(self.now, end)
+
+    def run_next(self, until: float) -> bool:
+        """Do the next thing that is due at `until` or before. False: nothing is."""
+        heap = self._heap
+        while heap and heap[0][0] <= until:
+            when, _, timer = heapq.heappop(heap)
+            if timer.action is not None:
+                self.now = max(self.now, when)
+                self.steps += 1
+                timer.action(*timer.arguments)
+                return True
+        return False
 
     def tell(self, who: str, what: str, **about: object) -> None:
         """One line of the story."""

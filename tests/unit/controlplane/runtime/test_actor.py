@@ -187,3 +187,15 @@ async def test_cancelling_is_no_failure() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert clock.slept == []
+
+
+async def test_nobody_waits_for_room_in_a_mailbox_that_is_closed() -> None:
+    box: Mailbox[int] = Mailbox("box", 1)
+    box.offer(1)
+    waiting = asyncio.create_task(box.put(2))
+    await asyncio.sleep(0)
+    box.close()
+    await waiting
+    await box.put(3)
+    box.put_latest("key", 4)
+    assert (len(box), box.dropped) == (0, 4)

@@ -1,0 +1,42 @@
+"""The real shells in virtual time: a few seeds, and deliberate bugs that must be found."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.shell_mutants import SHELL_MUTANTS, ShellMutant
+from tools.sim.shells.run import Outcome, run_seed
+
+SEEDS = (
+    # A leader is told to go while its mailbox is full.
+    18,
+    2,
+)
+LINES_SHOWN = 60
+
+
+def expect_well(outcome: Outcome) -> None:
+    if not outcome.ok:
+        faults, story = "\n".join(map(str, outcome.faults)), "\n".join(outcome.story[-LINES_SHOWN:])
+        pytest.fail(f"shells seed {outcome.seed}: {outcome.error}\n{faults}\n{story}\n{outcome.trace}")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_shells_come_through(seed: int) -> None:
+    expect_well(run_seed(seed))
+
+
+def test_a_seed_replays_to_the_byte() -> None:
+    one, other = run_seed(1), run_seed(1)
+    expect_well(one)
+    assert one.outcomes["finished"] > 10
+    assert one.story == other.story
+    assert one.digest == other.digest
+
+
+@pytest.mark.parametrize("mutant", SHELL_MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
+def test_shell_mutant_is_found(mutant: ShellMutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant.apply(monkeypatch)
+    outcome = run_seed(mutant.seed)
+    assert not outcome.ok, f"{mutant.name} is not found by seed {mutant.seed}"
+    assert mutant.shows_as in outcome.error, outcome.error
