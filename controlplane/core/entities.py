@@ -269,6 +269,8 @@ class Outbox:
     replayed: Counter[ReplicaId] = field(default_factory=Counter[ReplicaId])
     # Replicas whose row in the gateways' table changed.
     rows: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
+    # Workers that came or went.
+    workers: dict[NodeId, Node] = field(default_factory=dict[NodeId, Node])
 
 
 def is_session_live(node: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from controlplane.core import scheduler
-from controlplane.core.entities import Gateway, Link, Replica, Request
+from controlplane.core.entities import Gateway, Link, Node, NodePhase, Replica, Request
 from controlplane.core.messages import AdminAnswered, AskId, CancelAsked, ConnectionId
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import NodeId, RequestId
@@ -21,6 +21,7 @@ from controlplane.runtime.messages.route import (
     ReplicaClosed,
     ReplicaRow,
     ReplicaTable,
+    WorkerRow,
 )
 
 
@@ -42,7 +43,8 @@ def welcome(state: ClusterState, connection: ConnectionId, hello: GatewayHello) 
     body = GatewayWelcome(term=state.term, session=gateway.link.session, timing=state.timings.to_spec())
     state.send_gateway(gateway, body)
     rows = tuple(row_of(state, replica) for replica in state.replicas.values())
-    state.send_gateway(gateway, ReplicaTable(full=True, rows=rows))
+    workers = tuple(row for node in state.nodes.values() if not (row := worker_row(node)).gone)
+    state.send_gateway(gateway, ReplicaTable(full=True, rows=rows, workers=workers))
 
 
 def _supersede(state: ClusterState, link: Link, text: str) -> None:
@@ -170,6 +172,12 @@ def row_of(state: ClusterState, replica: Replica) -> ReplicaRow:
         numerics=spec.numerics if spec else "",
         max_retries=deployment.record.max_retries if deployment else 0,
     )
+
+
+def worker_row(node: Node) -> WorkerRow:
+    """The node as gateways see it: somebody who may hold streams."""
+    gone = node.phase in (NodePhase.LOST, NodePhase.LEFT)
+    return WorkerRow(node=node.node, serve_address=node.serve_address, gone=gone)
 
 
 def tick(state: ClusterState, passed_s: float) -> None:

@@ -91,6 +91,7 @@ def joined(state: ClusterState, node: Node, *, draining: bool) -> None:
     node.phase = NodePhase.DRAINING if draining or node.drain is not None else NodePhase.LIVE
     node.unreachable_s = 0.0
     node.reason = None
+    state.out.workers[node.node] = node
     devices = ",".join(device.id for device in node.devices)
     state.record("node_returned" if returned else "node_joined", node=node.node, details={"devices": devices})
     if not node.leased:
@@ -243,6 +244,7 @@ def lose(state: ClusterState, node: Node, reason: Reason) -> None:
     node.ranks.clear()
     node.held.clear()
     node.sequences.clear()
+    state.out.workers[node.node] = node
     state.record("node_lost", node=node.node, reason=reason)
     close_on(state, node, reason)
     state.replan = True
@@ -253,6 +255,7 @@ def left(state: ClusterState, node: Node, reason: Reason) -> None:
     if node.phase in GONE:
         return
     node.phase, node.reason = NodePhase.LEFT, reason
+    state.out.workers[node.node] = node
     state.record("node_left", node=node.node, reason=reason)
     close_on(state, node, reason)
     state.replan = True

@@ -85,9 +85,10 @@ def _flush(state: ClusterState) -> None:
     for name, count in out.replayed.items():
         if count:
             state.record("requests_replayed", replica=state.replicas[name], details={"requests": str(count)})
-    if out.rows:
+    if out.rows or out.workers:
         rows = tuple(gateways.row_of(state, replica) for replica in out.rows.values())
-        state.send_gateways(ReplicaTable(full=False, rows=rows))
+        workers = tuple(map(gateways.worker_row, out.workers.values()))
+        state.send_gateways(ReplicaTable(full=False, rows=rows, workers=workers))
     for connection, permits in out.assigned.items():
         link = state.links.get(connection)
         if link is not None and isinstance(link.owner, Node):

@@ -49,6 +49,8 @@ def on_resume_asked(state: GatewayState, asked: ResumeAsked, now: float) -> list
             text = "the stream is being moved to another replica"
             return [_missing(request, Reason(kind=ReasonKind.NO_CAPACITY, text=text), certain=False)]
         effects += _let_go(state, own)
+    for key, node in state.told.items():
+        effects += want_worker(state, key, node)
     search = Search(
         request,
         deadline=now + state.timings.session_silence,
@@ -63,9 +65,9 @@ def on_resume_asked(state: GatewayState, asked: ResumeAsked, now: float) -> list
 
 
 def _knows_all(state: GatewayState) -> bool:
-    """There is a stream to every worker of the table, also to those whose replicas do not serve at present: a new
-    leader first waits for them to report."""
-    told = {WorkerKey(row.serve_address) for row in state.rows.values() if row.serve_address}
+    """Every worker that the leader told of is asked: one whose replica does not serve at present, or has moved on
+    without it, may hold the stream."""
+    told = state.told.keys() | {WorkerKey(row.serve_address) for row in state.rows.values() if row.serve_address}
     return bool(told) and told <= state.workers.keys()
 
 

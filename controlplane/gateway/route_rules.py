@@ -110,8 +110,15 @@ def on_table(state: GatewayState, table: ReplicaTable, now: float) -> list[Effec
     effects: list[Effect] = []
     if table.full:
         state.rows.clear()
+        state.told.clear()
     for row in table.rows:
         effects += on_row(state, row, now)
+    for worker in table.workers:
+        key = WorkerKey(worker.serve_address)
+        if worker.gone:
+            state.told.pop(key, None)
+        else:
+            state.told[key] = worker.node
     return effects
 
 

@@ -74,6 +74,8 @@ class GatewayState:
     slots: dict[Slot, tuple[Journal, ChoiceJournal]] = field(default_factory=dict[Slot, tuple[Journal, ChoiceJournal]])
     workers: dict[WorkerKey, Worker] = field(default_factory=dict[WorkerKey, Worker])
     rows: dict[ReplicaId, ReplicaRow] = field(default_factory=dict[ReplicaId, ReplicaRow])
+    # All workers that the leader told of, also those without a replica.
+    told: dict[WorkerKey, NodeId] = field(default_factory=dict[WorkerKey, NodeId])
     # Outlives the rows: a deployment may have no replica just when its requests are replayed.
     max_retries: dict[DeploymentId, int] = field(default_factory=dict[DeploymentId, int])
     searches: dict[RequestId, Search] = field(default_factory=dict[RequestId, Search])

@@ -194,11 +194,22 @@ class ReplicaRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRow:
+    """A worker daemon, with or without a replica: it may hold streams to be resumed."""
+
+    node: NodeId
+    serve_address: str
+    # It is lost, or has left.
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaTable:
     """Full at the session's start, then changes; a row with phase CLOSED removes its replica."""
 
     full: bool
     rows: tuple[ReplicaRow, ...] = ()
+    workers: tuple[WorkerRow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

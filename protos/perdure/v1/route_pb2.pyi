@@ -290,12 +290,24 @@ class ReplicaRow(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.ReplicaPhase, str]] = ..., node: _Optional[str] = ..., serve_address: _Optional[str] = ..., deployment: _Optional[str] = ..., capacity: _Optional[_Union[_common_pb2.Capacity, _Mapping]] = ..., model_path: _Optional[str] = ..., model: _Optional[str] = ..., numerics: _Optional[str] = ..., max_retries: _Optional[int] = ...) -> None: ...
 
 class ReplicaTable(_message.Message):
-    __slots__ = ("full", "rows")
+    __slots__ = ("full", "rows", "workers")
     FULL_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     full: bool
     rows: _containers.RepeatedCompositeFieldContainer[ReplicaRow]
-    def __init__(self, full: _Optional[bool] = ..., rows: _Optional[_Iterable[_Union[ReplicaRow, _Mapping]]] = ...) -> None: ...
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerRow]
+    def __init__(self, full: _Optional[bool] = ..., rows: _Optional[_Iterable[_Union[ReplicaRow, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[WorkerRow, _Mapping]]] = ...) -> None: ...
+
+class WorkerRow(_message.Message):
+    __slots__ = ("node", "serve_address", "gone")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    SERVE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    serve_address: str
+    gone: bool
+    def __init__(self, node: _Optional[str] = ..., serve_address: _Optional[str] = ..., gone: _Optional[bool] = ...) -> None: ...
 
 class Routed(_message.Message):
     __slots__ = ("permit", "serve_address", "node")

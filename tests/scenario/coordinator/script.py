@@ -316,7 +316,8 @@ def show_body(body: Any) -> str:
             return "Routed " + "; ".join(routed + refused)
         case ReplicaTable():
             rows = " ".join(f"{row.replica}@{row.epoch}:{row.phase.name}" for row in body.rows)
-            return f"{'Table' if body.full else 'Rows'} {rows}".strip()
+            workers = " ".join(f"{'-' if one.gone else '+'}{one.node}" for one in body.workers)
+            return " ".join(filter(None, ("Table" if body.full else "Rows", rows, workers)))
         case _:
             pass
     target = f" {body.replica}@{body.epoch}" if hasattr(body, "replica") else ""

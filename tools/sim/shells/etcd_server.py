@@ -28,8 +28,8 @@ from tools.sim.etcd import Change, Etcd
 from tools.sim.shells.wires import Context, Server
 
 ADDRESS = "etcd:1"
-pb: Any = _protobuf.rpc_pb2  # pyright: ignore[reportAttributeAccessIssue]
-kv_pb2: Any = _protobuf.kv_pb2  # pyright: ignore[reportAttributeAccessIssue]
+pb: Any = _protobuf.rpc_pb2  # pyright: ignore[reportPrivateImportUsage]
+kv_pb2: Any = _protobuf.kv_pb2  # pyright: ignore[reportPrivateImportUsage]
 _TARGETS = {
     pb.Compare.VALUE: (Target.VALUE, "value"),
     pb.Compare.CREATE: (Target.CREATE_REVISION, "create_revision"),

@@ -8,6 +8,7 @@ from controlplane.gateway.messages import (
     ChoiceSeen,
     ChoiceStopped,
     ClientDrained,
+    ConnectWorker,
     DropWorker,
     Effect,
     Failure,
@@ -21,11 +22,12 @@ from controlplane.gateway.messages import (
     TellJournal,
     Tick,
     WorkerGone,
+    WorkerKey,
     WorkerUp,
 )
-from controlplane.runtime.ids import Attempt, Epoch, ReplicaId, Slot, Term
+from controlplane.runtime.ids import Attempt, Epoch, NodeId, ReplicaId, Slot, Term
 from controlplane.runtime.messages.common import Permit, Sampling
-from controlplane.runtime.messages.route import JournalPhase, ReplicaTable
+from controlplane.runtime.messages.route import JournalPhase, ReplicaTable, WorkerRow
 from controlplane.runtime.messages.serve import (
     Choice,
     EndRequests,
@@ -117,6 +119,20 @@ class TestSearch:
         assert (answer.worker, answer.shadow and answer.shadow.attempt) == (W2, 3)
         core.now += 1.0
         assert DropWorker(W2) in core.do(Tick())
+
+    def test_a_worker_without_a_replica_is_asked_too(self):
+        """Its replica has moved on; what ran there may be resumed."""
+        core = gateway()
+        idle = WorkerRow(node=NodeId("w3"), serve_address="w3:1")
+        core.do(LeaderSaid(ReplicaTable(full=False, workers=(idle,))))
+        effects = core.do(ResumeAsked(R))
+        assert ConnectWorker(WorkerKey("w3:1"), NodeId("w3")) in effects
+        assert not found(core.do(said(MISSING, W1), said(MISSING, W2))), "w3 has not answered"
+        assert ResumeRequest(request=R) in bodies(core.do(WorkerUp(WorkerKey("w3:1"))))
+        (answer,) = found(core.do(said(MISSING, WorkerKey("w3:1"))))
+        assert answer.certain
+        core.do(LeaderSaid(ReplicaTable(full=False, workers=(replace(idle, gone=True),))))
+        assert not core.state.told
 
     def test_a_shadow_comes_in_one_piece(self):
         core = gateway()
