@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -14,9 +13,9 @@ import grpc.aio
 
 from tools.sim.kernel import Kernel
 from tools.sim.shells.loop import LIFE, Life, LifeTask, VirtualLoop
+from tools.sim.shells.pipe import EOF, Pipe
 
-WINDOW_FRAMES = 16
-"""Frames that a writer may be ahead of the reader; real streams count bytes."""
+CONNECT_TRIES = 16
 DELAY_S = (0.0001, 0.002)
 PING_TIMEOUT_S = 1.5
 """A connection that carries nothing for so long is broken at both ends."""
@@ -24,94 +23,12 @@ REFUSED_S = 0.0005
 NOTICED_S = 0.02
 """How soon a channel that nothing is sent on says that its peer is gone."""
 
-EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
 Status = grpc.StatusCode
 
 
 def failure(code: grpc.StatusCode, text: str) -> grpc.aio.AioRpcError:
     """The error that a call ends with."""
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), text, text)
-
-
-class Pipe:
-    """One direction of a stream."""
-
-    def __init__(self, wires: Wires, source: str, target: str) -> None:
-        self._wires = wires
-        self._ends = (source, target)
-        self._frames: deque[bytes] = deque()
-        self._flying: deque[bytes] = deque()
-        self._news = asyncio.Event()
-        self._room = asyncio.Event()
-        self._due = 0.0
-        # The writer ended it: EOF, or its error, after the frames before it.
-        self._finish: Any = None
-        self._finishing: Any = None
-        self.broken: BaseException | None = None
-
-    async def write(self, frame: bytes) -> None:
-        """Waits while the reader is WINDOW_FRAMES behind. Raises what broke the stream."""
-        while len(self._frames) + len(self._flying) >= WINDOW_FRAMES and self.broken is None:
-            self._room.clear()
-            await self._room.wait()
-        if self.broken is not None:
-            raise self.broken
-        self.push(frame)
-
-    def push(self, frame: bytes) -> None:
-        """A first frame, for which there always is room."""
-        self._flying.append(frame)
-        self._land_later()
-
-    async def read(self) -> Any:
-        """The next frame, or EOF. Raises what ended the stream."""
-        while not self._frames:
-            if self.broken is not None:
-                raise self.broken
-            if self._finish is not None:
-                if self._finish is EOF:
-                    return EOF
-                raise self._finish
-            self._news.clear()
-            await self._news.wait()
-        self._room.set()
-        return self._frames.popleft()
-
-    def finish(self, with_what: Any = EOF) -> None:
-        """No more frames: EOF, or an error."""
-        self._finishing = with_what
-        self._land_later()
-
-    def snap(self, error: BaseException) -> None:
-        """It is over at once, at both ends; what was under way is lost."""
-        if self.broken is None:
-            self.broken = error
-            self._frames.clear()
-            self._news.set()
-            self._room.set()
-
-    def _land_later(self) -> None:
-        self._due = max(self._due, self._wires.kernel.now + self._wires.delay(*self._ends))
-        self._wires.kernel.at(self._due, self.land)
-
-    def land(self) -> None:
-        """Frames that are due arrive; none while the way is cut."""
-        if self.broken is not None or self._wires.is_cut(*self._ends):
-            return
-        if self._flying:
-            self._frames.append(self._flying.popleft())
-        elif self._finishing is not None:
-            self._finish = self._finishing
-        self._news.set()
-
-    def flush(self) -> None:
-        """Some way is free again; perhaps this one."""
-        if self._wires.is_cut(*self._ends):
-            return
-        while self._flying and self.broken is None:
-            self.land()
-        if self._finishing is not None:
-            self.land()
 
 
 class Call:
@@ -127,7 +44,7 @@ class Call:
         self._encode, self._decode = codec
         self._connected = asyncio.Event()
         wires.calls[self] = None
-        wires.kernel.after(REFUSED_S, self._connect, WINDOW_FRAMES)
+        wires.kernel.after(REFUSED_S, self._connect, CONNECT_TRIES)
         if timeout is not None:
             wires.kernel.after(timeout, self.end, failure(Status.DEADLINE_EXCEEDED, "Deadline Exceeded"))
 
@@ -142,7 +59,7 @@ class Call:
             if tries == 0:
                 self.end(failure(Status.UNAVAILABLE, "no route"))
             else:
-                wires.kernel.after(PING_TIMEOUT_S / WINDOW_FRAMES, self._connect, tries - 1)
+                wires.kernel.after(PING_TIMEOUT_S / CONNECT_TRIES, self._connect, tries - 1)
         elif server is None or not server.listening:
             self.end(failure(Status.UNAVAILABLE, f"connection to {self.address} refused"))
         else:
