@@ -10,6 +10,8 @@ from tools.sim.run import FAULTS_S, run_seed
 
 SEEDS_MAX = 12
 WARM_S = 5.0
+PATIENCE_S = 30.0
+"""The faults that bring mutants out are few: without the mutant all is well long before."""
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
@@ -18,7 +20,7 @@ def test_mutant_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> Non
     mutant.apply(monkeypatch)
     seeds = [mutant.seeds - 1, *(seed for seed in range(SEEDS_MAX) if seed != mutant.seeds - 1)]
     for seed in seeds:
-        outcome = run_seed(seed, faults_for(mutant, seed), mutant.shape)
+        outcome = run_seed(seed, faults_for(mutant, seed), mutant.shape, PATIENCE_S)
         if not outcome.ok:
             print(f"{mutant.name}: found by seed {seed}: {outcome.error}")
             return

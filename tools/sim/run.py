@@ -77,7 +77,9 @@ def schedule_of(seed: int, shape: Shape) -> list[Fault]:
     return draw_schedule(seed, names, shape.devices, begin, begin + FAULTS_S)
 
 
-def run_seed(seed: int, faults: list[Fault] | None = None, shape: Shape | None = None) -> Outcome:
+def run_seed(
+    seed: int, faults: list[Fault] | None = None, shape: Shape | None = None, healed_within_s: float = HEALED_WITHIN_S
+) -> Outcome:
     """Run the seed's own schedule, or `faults` instead."""
     shape = shape or shape_of(seed)
     faults = schedule_of(seed, shape) if faults is None else faults
@@ -85,7 +87,7 @@ def run_seed(seed: int, faults: list[Fault] | None = None, shape: Shape | None =
     begun = time.thread_time()
     with quiet():
         world = World(seed, shape)
-        run = Run(world, faults)
+        run = Run(world, faults, healed_within_s)
         try:
             run.play()
         except Exception as error:  # noqa: BLE001 - whatever breaks is what was looked for
@@ -103,11 +105,12 @@ def run_seed(seed: int, faults: list[Fault] | None = None, shape: Shape | None =
 class Run:
     """Drives a world through its phases."""
 
-    def __init__(self, world: World, faults: list[Fault]) -> None:
+    def __init__(self, world: World, faults: list[Fault], healed_within_s: float) -> None:
         self.world = world
         self.striker = Striker(world)
         self.healed_s = 0.0
         self._faults = faults
+        self._healed_within_s = healed_within_s
         self._load = True
 
     def play(self) -> None:
@@ -120,7 +123,7 @@ class Run:
         self._load = False
         self.striker.stop()
         self.world.heal()
-        self._expect_health(kernel.now + HEALED_WITHIN_S)
+        self._expect_health(kernel.now + self._healed_within_s)
         self._expect_service()
 
     def _arrive(self) -> None:
@@ -135,7 +138,7 @@ class Run:
     def _expect_health(self, deadline: float) -> None:
         kernel, begun = self.world.kernel, self.world.kernel.now
         while (ailment := self._ailment()) is not None:
-            assert kernel.now < deadline, f"not healthy {HEALED_WITHIN_S:g} s after healing: {ailment}"
+            assert kernel.now < deadline, f"not healthy {self._healed_within_s:g} s after healing: {ailment}"
             if self._needs_operator():
                 self._operate()
             kernel.run_until(kernel.now + LOOK_S)
@@ -164,7 +167,7 @@ class Run:
     def _expect_service(self) -> None:
         """New requests are served in full, through every gateway."""
         probes = [self.world.crowd.make(gateway) for gateway in self.world.gateways() for _ in range(PROBES)]
-        deadline = self.world.kernel.now + HEALED_WITHIN_S / 3
+        deadline = self.world.kernel.now + self._healed_within_s / 3
         while any(probe.open for probe in probes) or self._ailment() is not None:
             assert self.world.kernel.now < deadline, f"probes are not served: {self._ailment()}"
             self.world.kernel.run_until(self.world.kernel.now + LOOK_S)

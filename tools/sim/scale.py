@@ -322,21 +322,29 @@ def _line(name: str, sizes: list[int], values: list[float]) -> str:
 
 
 def plot(runs: list[Measured], path: Path) -> None:
-    """Phases against size, on logarithmic axes."""
+    """Phases against size, on logarithmic axes, each named where its line ends."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 5))
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
     sizes = [run.nodes for run in runs]
+    last = sizes[-1]
     for phase in runs[0].phases:
         seconds = [run.phases[phase] for run in runs]
-        axes.loglog(sizes, seconds, marker="o", label=f"{phase}: n^{growth(sizes, seconds):.2f}")
-    axes.set_xlabel("nodes (8 ranks and 100 requests each)")
-    axes.set_ylabel("seconds of the leader's work")
-    axes.legend()
-    axes.grid(visible=True, which="both", alpha=0.3)
+        (line,) = axes.loglog(sizes, seconds, marker="o", linewidth=2)
+        label = f" {phase}: {seconds[-1]:.2g} s, n^{growth(sizes, seconds):.2f}"
+        axes.annotate(label, (last, seconds[-1]), va="center", color=line.get_color(), fontsize=11)
+        fitted = [seconds[-1] * size * math.log(size) / (last * math.log(last)) for size in sizes]
+        axes.loglog(sizes, fitted, color=line.get_color(), linestyle=":", linewidth=1)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("nodes, with 8 ranks and 100 requests each")
+    axes.set_ylabel("seconds of the leader's work on one core")
+    axes.set_title("The leader's work by size of the cluster (dotted: n·log n to the same end)", fontsize=12)
+    axes.grid(visible=True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
