@@ -54,7 +54,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> Any:
         view = self._coordinator.view(status_view)
         if view is None:
-            if self._leader.current is None:
+            if not self._leader_address:
                 return self._leaderless_status()
             return await self._ask_leader("Status", request, context)
         response = codec_of(type(view), admin_pb2.StatusResponse.DESCRIPTOR).to_proto(view)
@@ -76,8 +76,9 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return admin_pb2.ListFailuresResponse(failures=[codec_of(type(row), descriptor).to_proto(row) for row in rows])
 
     async def Events(self, request: admin_pb2.EventsRequest, context: Context) -> AsyncIterator[Any]:
-        if self._coordinator.term is None and self._leader.current is not None:
-            async with self._leader_channel() as channel:
+        address = self._leader_address
+        if self._coordinator.term is None and address:
+            async with self._channel_to(address) as channel:
                 async for event in admin_pb2_grpc.AdminStub(channel).Events(request):
                     yield event
             return
@@ -131,23 +132,27 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return answer
 
     async def _ask_leader(self, method: str, request: Any, context: Context) -> Any:
-        leader = self._leader.current
-        if leader is None:
+        address = self._leader_address
+        if not address:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no control plane leads at the moment")
-        async with self._leader_channel() as channel:
+        async with self._channel_to(address) as channel:
             call = getattr(admin_pb2_grpc.AdminStub(channel), method)
             try:
                 return await call(request, timeout=self._timings.stage)
             except grpc.aio.AioRpcError as error:
                 text = error.details() or ""
                 if error.code() == grpc.StatusCode.UNAVAILABLE:
-                    text = f"the leader {leader.name} at {leader.address} does not answer: {text}"
+                    text = f"the leader at {address} does not answer: {text}"
                 await context.abort(error.code(), text)
 
-    def _leader_channel(self) -> grpc.aio.Channel:
-        leader = self._leader.current
-        assert leader is not None
-        return grpc.aio.insecure_channel(leader.address, options=channel_options(self._timings))
+    @property
+    def _leader_address(self) -> str:
+        """Where to ask; empty if nobody is known to lead. Cut off from etcd one may still be named there oneself."""
+        own = self._coordinator.identity.address
+        return next((address for address in self._leader.addresses if address != own), "")
+
+    def _channel_to(self, address: str) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(address, options=channel_options(self._timings))
 
     def _node_phase(self, node: str) -> Any:
         view = self._coordinator.view(status_view)

@@ -91,6 +91,16 @@ class Generation:
         return self._sinks[0][0]
 
     @property
+    def cut_off(self) -> bool:
+        """This gateway reaches none of the workers that serve."""
+        return self._requests.cut_off
+
+    @property
+    def apart(self) -> bool:
+        """It has been so for long, and others may reach them."""
+        return self._requests.apart
+
+    @property
     def asked(self) -> Asked:
         return self._asked
 

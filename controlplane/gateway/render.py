@@ -13,6 +13,8 @@ from controlplane.gateway.tokenizer import ModelTokenizer
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": waiting\n"
+CUT_OFF = b": cut off\n"
+"""Instead of it while this gateway reaches no worker: another one may, and go on with the stream."""
 """A comment. No empty line follows: once it has met an id, the official client takes one for an event without data."""
 
 encode_json = msgspec.json.encode

@@ -136,21 +136,23 @@ def move_on(
     exclude: bool = True,
     delay: float = 0.0,
 ) -> list[Effect]:
-    """The attempt is over: ask for the next one, or fail honestly. Planned moves cost no retry."""
+    """The attempt is over: ask for the next one, or fail honestly. A planned move costs no retry, nor does an attempt
+    whose body never left: it may be this gateway that is cut off."""
     place = journal.placement
     assert place is not None
     assert not journal.finished
+    begun = journal.opened
     effects = leave(state, journal, reason)
     if crashed:
         journal.crashes.add(place.key)
     planned = cause == RouteCause.PLANNED
-    journal.retries += not planned
+    journal.retries += begun and not planned
     if not planned and journal.stuck_since is None:
         journal.stuck_since = now if journal.moved_at is None else journal.moved_at
     if len(journal.crashes) >= CRASHES_MAX:
         text = f"the request ended {len(journal.crashes)} engines that ran it: {reason.text}"
         return effects + fail(state, journal, Failure.POISON, Reason(kind=ReasonKind.POISON, text=text), now)
-    if journal.retries > state.max_retries[journal.asked.deployment]:
+    if begun and journal.retries > state.max_retries[journal.asked.deployment]:
         text = f"lost {journal.retries} times, last: {reason.text or reason.kind.name.lower()}"
         spent = Reason(kind=ReasonKind.RETRIES_EXHAUSTED, text=text)
         return effects + fail(state, journal, Failure.RETRIES, spent, now)

@@ -149,6 +149,16 @@ class Requests:
     def open_requests(self) -> int:
         return len(self.state.journals)
 
+    @property
+    def cut_off(self) -> bool:
+        """This gateway reaches none of the workers that serve."""
+        return self.state.cut_off_s(self._clock.now()) > 0
+
+    @property
+    def apart(self) -> bool:
+        """It has been so for so long that the workers must be well: their leader would have noticed otherwise."""
+        return self.state.cut_off_s(self._clock.now()) >= self.state.timings.leader_grace
+
     def tick(self) -> None:
         self._post(Tick())
 

@@ -74,7 +74,7 @@ def on_worker_broken(state: GatewayState, key: WorkerKey, heard: float, now: flo
     worker = state.workers.get(key)
     if worker is None or worker.phase == WorkerPhase.BROKEN:
         return []
-    worker.phase = WorkerPhase.BROKEN
+    worker.phase, worker.broken_at = WorkerPhase.BROKEN, now
     worker.back_by = max(heard + state.timings.session_silence, now + state.timings.heartbeat_interval)
     for journal in state.placed_on(key):
         if journal.finished:
@@ -89,7 +89,8 @@ def on_worker_gone(state: GatewayState, key: WorkerKey, reason: Reason, now: flo
     worker = state.workers.get(key)
     if worker is None or worker.phase == WorkerPhase.UP:
         return []
-    worker.phase = WorkerPhase.BROKEN
+    if worker.phase != WorkerPhase.BROKEN:
+        worker.phase, worker.broken_at = WorkerPhase.BROKEN, now
     effects = give_up(state, key)
     for journal in state.placed_on(key):
         if not journal.finished:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from controlplane.gateway.api_errors import ApiError
+from controlplane.gateway.api_errors import SERVER_ERROR, ApiError
 from controlplane.gateway.cursor import Position, Writer
 from controlplane.gateway.generation import Generation
-from controlplane.gateway.render import DONE, KEEPALIVE, Shape, event
+from controlplane.gateway.render import CUT_OFF, DONE, KEEPALIVE, Shape, event
 from controlplane.gateway.text_stream import Piece
 
 STREAM_HEADER = "x-perdure-stream"
@@ -41,24 +41,33 @@ async def stream(
     response = web.StreamResponse(headers={**_HEADERS, STREAM_HEADER: generation.request})
     await response.prepare(http)
     if at is None:
-        await response.write(writer.events(pieces) or KEEPALIVE)
+        await response.write(writer.events(pieces) or _waiting(generation))
     while not generation.feed.over:
         pieces = await generation.feed.news()
-        await response.write(writer.events(pieces) or KEEPALIVE)
+        await response.write(writer.events(pieces) or _waiting(generation))
     await response.write(writer.ending(with_usage=include_usage))
     await response.write_eof()
     return response
 
 
 async def _first_news(generation: Generation, answer_s: float) -> list[Piece]:
-    """Raises ApiError for a generation that fails so soon."""
+    """Raises ApiError for a generation that fails so soon, or that another gateway would begin sooner."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + answer_s
     pieces: list[Piece] = []
     while not pieces and not generation.feed.over and loop.time() < deadline:
         pieces = await generation.feed.news()
         generation.check()
+        if not pieces and generation.apart:
+            raise ApiError(
+                503, "this gateway reaches no worker at present", kind=SERVER_ERROR, code="cut_off", retry_after_s=1
+            )
     return pieces
+
+
+def _waiting(generation: Generation) -> bytes:
+    """What is written when there is nothing to say."""
+    return CUT_OFF if generation.cut_off else KEEPALIVE
 
 
 class EventWriter:

@@ -42,6 +42,7 @@ class Worker:
     key: WorkerKey
     node: NodeId
     phase: WorkerPhase = WorkerPhase.CONNECTING
+    broken_at: float = 0.0
     # When its sequences are taken for unreachable, while the phase is BROKEN.
     back_by: float | None = None
     # Requests that ended while it could not be told.
@@ -119,6 +120,15 @@ class GatewayState:
 
     def ready_rows(self) -> list[ReplicaRow]:
         return [row for row in self.rows.values() if row.phase == ReplicaPhase.READY]
+
+    def cut_off_s(self, now: float) -> float:
+        """How long the streams to all workers have been broken that serve by the leader's word; 0: they are not.
+
+        Either this gateway is apart from them, or they are gone: then the leader says so within its grace.
+        """
+        serving = [self.workers.get(WorkerKey(row.serve_address)) for row in self.ready_rows()]
+        broken = [worker.broken_at for worker in serving if worker and worker.phase == WorkerPhase.BROKEN]
+        return now - max(broken) if broken and len(broken) == len(serving) else 0.0
 
     def check(self) -> None:
         """Assert every invariant."""

@@ -185,6 +185,8 @@ class WorkerStream:
                 continue
             if isinstance(body, StepTokens | ServeHeartbeat):
                 self._silent_streams = 0
+            if isinstance(body, ServeHeartbeat):
+                self._leader.hint(body.leader_address, body.highest_term_seen)
             owner.worker_said(worker, body)
 
     async def _judge(self, outbox: Outbox[ServeUp]) -> str:

@@ -121,4 +121,16 @@ def beat(turn: Turn) -> None:
     state = turn.state
     for stream in state.streams.values():
         if stream.writable and turn.now - stream.last_sent >= state.timings.heartbeat_interval:
-            send(turn, stream, ServeHeartbeat(highest_term_seen=state.highest_term))
+            send(turn, stream, _heartbeat(turn))
+
+
+def tell_leader(turn: Turn) -> None:
+    """Another leader was met: gateways that are cut off from etcd hear of it now."""
+    for stream in turn.state.streams.values():
+        if stream.writable:
+            send(turn, stream, _heartbeat(turn))
+
+
+def _heartbeat(turn: Turn) -> ServeHeartbeat:
+    state = turn.state
+    return ServeHeartbeat(highest_term_seen=state.highest_term, leader_address=state.leader_address)

@@ -31,6 +31,7 @@ from controlplane.runtime.messages.session import (
 )
 from dataplane.core import drain, groups
 from dataplane.core.endings import ranks_of
+from dataplane.core.gateways import tell_leader
 from dataplane.core.messages import (
     LeaderClosed,
     LeaderOpened,
@@ -138,7 +139,9 @@ def _welcomed(turn: Turn, leader: Leader, welcome: WorkerWelcome) -> None:
         return
     raise_term(turn, welcome.term)
     leader.term, leader.session = welcome.term, welcome.session
-    state.leader_address = leader.address
+    if state.leader_address != leader.address:
+        state.leader_address = leader.address
+        tell_leader(turn)
     turn.emit(Recorded("session_begun", details={"term": str(welcome.term), "session": str(welcome.session)}))
     for chunk in _snapshot(turn):
         tell(turn, chunk)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,12 @@ ANSWER_MAX_S = 20.0
 
 SILENCE_MAX_S = 3.0
 """A gateway writes at least a comment a second: one that is silent for so long is stopped, or cut off."""
+
+ASKED_AGAIN_S = 1.0
+"""How often a gateway that has not answered yet is asked whether it lives at all."""
+
+CUT_OFF = b": cut off"
+"""The comment of a gateway that reaches no worker: another one may."""
 
 
 class Refused(Exception):
@@ -55,6 +61,8 @@ class _Progress:
     stream: str = ""
     last_event: str = ""
     done: bool = False
+    # Another gateway's answer, which goes on with it.
+    elsewhere: aiohttp.ClientResponse | None = None
 
 
 class StreamClient:
@@ -99,21 +107,83 @@ class StreamClient:
     ) -> AsyncIterator[dict[str, Any]]:
         """What one gateway gives: the stream from its beginning, or from where it broke."""
         url = self._urls[self._at]
-        if progress.stream:
-            headers = {"Last-Event-ID": progress.last_event} if progress.last_event else {}
-            asked = session.get(f"{url}/v1/streams/{progress.stream}", headers=headers)
-        else:
-            asked = session.post(f"{url}{path}", json=body)
-        async with asyncio.timeout(ANSWER_MAX_S):
-            response = await asked
+        response, progress.elsewhere = progress.elsewhere, None
+        if response is None:
+            asked = self._resume(session, progress) if progress.stream else session.post(f"{url}{path}", json=body)
+            response = await self._answer(session, url, asked)
         async with response:
             if response.status != 200:
                 await _refuse(response)
             progress.stream = response.headers.get(STREAM_HEADER, progress.stream)
-            async for chunk in _chunks(response, progress):
+            async for chunk in self._chunks(session, response, progress):
                 yield chunk
-        if not progress.done:
+        if not progress.done and progress.elsewhere is None:
             raise _Broken(f"{url} ended the stream early")
+
+    def _resume(self, session: aiohttp.ClientSession, progress: _Progress) -> Awaitable[aiohttp.ClientResponse]:
+        headers = {"Last-Event-ID": progress.last_event} if progress.last_event else {}
+        return session.get(f"{self._urls[self._at]}/v1/streams/{progress.stream}", headers=headers)
+
+    async def _answer(
+        self, session: aiohttp.ClientSession, url: str, asked: Awaitable[aiohttp.ClientResponse]
+    ) -> aiohttp.ClientResponse:
+        """The answer's head. A stopped gateway takes a request and never answers: one that does not even say that it
+        lives is left, if there is another."""
+        answer = asyncio.ensure_future(asked)
+        try:
+            async with asyncio.timeout(ANSWER_MAX_S):
+                while not (await asyncio.wait({answer}, timeout=ASKED_AGAIN_S))[0]:
+                    if len(self._urls) > 1:
+                        async with asyncio.timeout(SILENCE_MAX_S), session.get(f"{url}/health"):
+                            pass
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    async def _chunks(
+        self, session: aiohttp.ClientSession, response: aiohttp.ClientResponse, progress: _Progress
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The response's events; `progress` moves with each that is complete."""
+        event = ""
+        while True:
+            async with asyncio.timeout(SILENCE_MAX_S):
+                line = await response.content.readline()
+            if not line.endswith(b"\n"):
+                # The connection broke within it.
+                return
+            if line.startswith(CUT_OFF) and await self._goes_on_elsewhere(session, progress):
+                return
+            if line.startswith(b"id:"):
+                event = line[3:].strip().decode()
+            elif line.startswith(b"data:"):
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    progress.done = True
+                    return
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    progress.done = True
+                    raise Refused(500, chunk["error"].get("message", "the stream failed"))
+                progress.last_event = event or progress.last_event
+                yield chunk
+
+    async def _goes_on_elsewhere(self, session: aiohttp.ClientSession, progress: _Progress) -> bool:
+        """Whether the next gateway has the stream. If not, the present one is not left: it may hold the only copy."""
+        at = self._at
+        self._at = (at + 1) % len(self._urls)
+        if self._at != at and progress.stream:
+            try:
+                async with asyncio.timeout(SILENCE_MAX_S):
+                    response = await self._resume(session, progress)
+            except (aiohttp.ClientError, TimeoutError):
+                pass
+            else:
+                if response.status == 200:
+                    progress.elsewhere = response
+                    return True
+                response.close()
+        self._at = at
+        return False
 
 
 async def _refuse(response: aiohttp.ClientResponse) -> None:
@@ -127,27 +197,3 @@ async def _refuse(response: aiohttp.ClientResponse) -> None:
     if again:
         raise _Broken(f"{response.status}: {message}")
     raise Refused(response.status, message)
-
-
-async def _chunks(response: aiohttp.ClientResponse, progress: _Progress) -> AsyncIterator[dict[str, Any]]:
-    """The response's events; `progress` moves with each that is complete."""
-    event = ""
-    while True:
-        async with asyncio.timeout(SILENCE_MAX_S):
-            line = await response.content.readline()
-        if not line.endswith(b"\n"):
-            # The connection broke within it.
-            return
-        if line.startswith(b"id:"):
-            event = line[3:].strip().decode()
-        elif line.startswith(b"data:"):
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                progress.done = True
-                return
-            chunk = json.loads(data)
-            if "error" in chunk:
-                progress.done = True
-                raise Refused(500, chunk["error"].get("message", "the stream failed"))
-            progress.last_event = event or progress.last_event
-            yield chunk

@@ -308,6 +308,8 @@ class SimWorkerStream:
                 self._silence.heard(self._process.now())
                 if isinstance(body, StepTokens | ServeHeartbeat):
                     self._silent_streams = 0
+                if isinstance(body, ServeHeartbeat):
+                    self._gateway.leader.hint(body.leader_address, body.highest_term_seen)
                 self._gateway.requests.worker_said(self._worker, body)
         except StreamEnded:
             return

@@ -109,7 +109,10 @@ class ResumeRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeHeartbeat:
+    """A peer cut off from etcd learns of a new leader here too."""
+
     highest_term_seen: Term
+    leader_address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,10 +175,12 @@ class ServeResponse(_message.Message):
     def __init__(self, hello: _Optional[_Union[ServeHello, _Mapping]] = ..., step: _Optional[_Union[StepTokens, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., refused: _Optional[_Union[OpenRefused, _Mapping]] = ..., sync: _Optional[_Union[SyncReply, _Mapping]] = ..., lost: _Optional[_Union[SlotsLost, _Mapping]] = ..., draining: _Optional[_Union[WorkerDraining, _Mapping]] = ..., superseded: _Optional[_Union[Superseded, _Mapping]] = ..., shadow: _Optional[_Union[Shadow, _Mapping]] = ..., heartbeat: _Optional[_Union[ServeHeartbeat, _Mapping]] = ...) -> None: ...
 
 class ServeHeartbeat(_message.Message):
-    __slots__ = ("highest_term_seen",)
+    __slots__ = ("highest_term_seen", "leader_address")
     HIGHEST_TERM_SEEN_FIELD_NUMBER: _ClassVar[int]
+    LEADER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     highest_term_seen: int
-    def __init__(self, highest_term_seen: _Optional[int] = ...) -> None: ...
+    leader_address: str
+    def __init__(self, highest_term_seen: _Optional[int] = ..., leader_address: _Optional[str] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("slot", "reason", "stop_id", "error")

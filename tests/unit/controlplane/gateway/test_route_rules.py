@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from controlplane.gateway.messages import (
@@ -206,6 +208,34 @@ class TestLoss:
         core.do(routed(attempt=2, worker=W2), WorkerUp(W2))
         (failed,) = failures(core.do(closed(W2)))
         assert failed.failure is Failure.RETRIES
+
+    def test_a_gateway_that_is_cut_off_spends_no_retries(self):
+        core = Core()
+        rows = tuple(replace(row(worker), max_retries=0) for worker in (W1, W2))
+        core.do(LeaderOpened(), accepted(), LeaderSaid(ReplicaTable(full=True, rows=rows)), routed())
+        assert not core.state.cut_off_s(core.now), "streams that begin prove nothing"
+        core.do(WorkerBroken(W1, core.now))
+        core.now += 1
+        assert not core.state.cut_off_s(core.now), "one of two"
+        core.do(WorkerBroken(W2, core.now))
+        core.now += 0.5
+        assert core.state.cut_off_s(core.now) == 0.5, "since the last of them broke"
+        for attempt in range(2, 6):
+            core.now += 2 * TIMINGS.session_silence
+            (ask,) = asks(core.do(Tick()))
+            assert (ask.entry.attempt, ask.entry.cause) == (attempt, RouteCause.UNREACHABLE)
+            core.do(routed(attempt=attempt, worker=W2))
+        core.do(WorkerUp(W2))
+        assert not core.state.cut_off_s(core.now)
+        (failed,) = failures(core.do(closed(W2)))
+        assert failed.failure is Failure.RETRIES, "this attempt had its body"
+
+    def test_a_gateway_without_replicas_is_not_cut_off(self):
+        core = Core()
+        core.running()
+        core.do(WorkerBroken(W1, core.now))
+        core.now += 1
+        assert not core.state.cut_off_s(core.now)
 
     def test_planned_moves_cost_no_retry(self):
         core = Core(max_retries=0)
