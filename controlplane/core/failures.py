@@ -22,15 +22,20 @@ def closed(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequ
     if reason.kind in PLANNED_KINDS:
         return
     node = state.nodes.get(reason.node)
-    seen = node.noticed if node is not None else None
+    noticed = state.now if node is None or node.noticed is None else node.noticed
     failure = state.failures.of(replica.replica, replica.epoch)
-    if failure is None:
-        noticed = state.now if seen is None else seen
+    if failure is None or _is_another(state, failure, noticed):
         failure = state.failures.add(Failure(replica.replica, replica.epoch, noticed, reason))
     failure.reason, failure.node, failure.suspects = reason, reason.node, tuple(suspects)
     for request in replica.load.outstanding:
         _lose(state, failure, request)
     _reach(state, failure, FailurePhase.CLOSED)
+
+
+def _is_another(state: ClusterState, failure: Failure, noticed: float) -> bool:
+    """The record is of a link that broke and was mended long before: nobody waits for anything, the replica served."""
+    mended = FailurePhase.CLOSED not in failure.phases and not (failure.homeless | failure.silent)
+    return mended and noticed - failure.noticed > state.timings.failure_timeout
 
 
 def fenced(state: ClusterState, replica: Replica) -> None:

@@ -10,6 +10,8 @@ from protos.perdure.v1 import admin_pb2
 from tools.chaos.live import ChaosError, LiveCluster
 
 PERIOD_S = 0.5
+SAME_S = 2.5
+"""An answer takes at most two seconds."""
 
 
 class Chronicle:
@@ -19,13 +21,12 @@ class Chronicle:
         self._cluster = cluster
         self._begun_ms = 0.0
         self._begun = 0.0
-        self._known: set[tuple[str, int]] = set()
-        self._failures: dict[tuple[str, int], tuple[float, admin_pb2.FailureStatus]] = {}
+        # (when it was noticed, the record as it was last).
+        self._failures: list[tuple[float, admin_pb2.FailureStatus]] = []
         self._events: dict[tuple[int, int], admin_pb2.EventsResponse] = {}
 
-    async def begin(self) -> None:
-        """What failed before is of no interest. Raises ChaosError."""
-        self._known = {_key(failure) for failure in await self._cluster.failures()}
+    def begin(self) -> None:
+        """What was before is of no interest."""
         self._begun_ms, self._begun = time.time() * 1000, time.monotonic()
 
     async def follow(self) -> None:
@@ -39,8 +40,10 @@ class Chronicle:
         """Raises ChaosError if nobody answers."""
         found, now = await self._cluster.failures(), time.monotonic()
         for failure in found:
-            if _key(failure) not in self._known:
-                self._failures[_key(failure)] = (now - failure.age_ms / 1000, failure)
+            noticed = now - failure.age_ms / 1000
+            if noticed >= self._begun:
+                self._failures = [item for item in self._failures if not _same(item, noticed, failure)]
+                self._failures.append((noticed, failure))
         for event in await self._cluster.events():
             if event.wall_ms >= self._begun_ms:
                 self._events[event.term, event.seq] = event
@@ -48,7 +51,7 @@ class Chronicle:
     @property
     def failures(self) -> list[tuple[float, admin_pb2.FailureStatus]]:
         """(time.monotonic when it was noticed, the record as it was last)."""
-        return sorted(self._failures.values(), key=lambda item: item[0])
+        return sorted(self._failures, key=lambda item: item[0])
 
     @property
     def events(self) -> list[tuple[float, admin_pb2.EventsResponse]]:
@@ -57,5 +60,7 @@ class Chronicle:
         return [(self._begun + (event.wall_ms - self._begun_ms) / 1000, event) for event in rows]
 
 
-def _key(failure: admin_pb2.FailureStatus) -> tuple[str, int]:
-    return failure.replica, failure.epoch
+def _same(item: tuple[float, admin_pb2.FailureStatus], noticed: float, failure: admin_pb2.FailureStatus) -> bool:
+    """Read twice: the same life of a replica, noticed at the same time but for what the answer took."""
+    before, other = item
+    return (other.replica, other.epoch) == (failure.replica, failure.epoch) and abs(before - noticed) < SAME_S

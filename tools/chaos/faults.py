@@ -101,7 +101,8 @@ class Saboteur:
         return await self._hosts_of(fault.target) if fault.action is Action.KILL and fault.seconds else []
 
     async def _processes(self, target: Target) -> list[int]:
-        if self._hosts is not None and target.kind == "etcd":
+        if self._hosts is not None and target.kind in ("etcd", "worker", "controlplane"):
+            # Also those that the cluster takes for dead.
             return [self._hosts.daemons[name].pid for name in await self._hosts_of(target)]
         return [await self._cluster.find(target)]
 

@@ -113,7 +113,7 @@ async def _run_round(
     plan: Plan, faults: Sequence[Fault], cluster: LiveCluster, hosts: Hosts | None, outcome: Outcome
 ) -> None:
     chronicle = Chronicle(cluster)
-    await chronicle.begin()
+    chronicle.begin()
     following = asyncio.create_task(chronicle.follow())
     try:
         async with asyncio.TaskGroup() as tasks:

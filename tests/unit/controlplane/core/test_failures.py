@@ -135,6 +135,20 @@ def test_a_failure_after_a_return_has_a_time_of_its_own() -> None:
     assert one(cluster).noticed == cluster.state.now
 
 
+def test_a_link_that_was_mended_is_another_failure_than_a_later_death() -> None:
+    cluster, gateway, workers = serving()
+    place = asked(cluster, gateway, "r1")
+    asked(cluster, gateway, "r1", attempt=2, cause=RouteCause.UNREACHABLE, exclude=(place,))
+    cluster.tell(gateway, FirstTokens(entries=(FirstToken(request=RequestId("r1"), attempt=Attempt(2), gap_ms=5),)))
+    for _ in range(10):
+        cluster.tick()
+    cluster.rank_exits(worker_of(cluster, place, workers), "cpu:0")
+    link, death = cluster.state.failures.records
+    assert (link.epoch, death.epoch, death.noticed) == (place.epoch, place.epoch, cluster.state.now)
+    assert FailurePhase.CLOSED not in link.phases
+    assert FailurePhase.CLOSED in death.phases
+
+
 def test_a_request_lost_twice_waits_for_its_last_loss() -> None:
     cluster, gateway, _ = serving(3)
     first = asked(cluster, gateway, "r1")
