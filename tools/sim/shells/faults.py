@@ -49,10 +49,10 @@ ETCD_SLOW_S = 0.4
 PAIR = ("stall", "cut")
 
 
-def draw_faults(random: Random, shape: Shape, begin: float, end: float, kinds: tuple[str, ...]) -> list[Fault]:
+def draw_faults(random: Random, shape: Shape, begin: float, end: float) -> list[Fault]:
     """A schedule between `begin` and `end`."""
     hosts = [f"cp{n + 1}" for n in range(shape.control_planes)] + [f"w{n + 1}" for n in range(shape.workers)]
-    names = list(kinds) or list(KINDS)
+    names = list(KINDS)
     gap, at, faults = random.choice((0.5, 1.5)), begin, list[Fault]()
     while (at := at + random.expovariate(1 / gap)) < end:
         kind = random.choices(names, [KINDS[name][0] for name in names])[0]

@@ -55,18 +55,18 @@ def shape_of(random: Random) -> Shape:
     return Shape(control_planes=random.choice((1, 2, 3)), workers=workers, devices=1, replicas=workers)
 
 
-def run_seed(seed: int, kinds: tuple[str, ...] = ()) -> Outcome:
-    """Run the seed's own schedule, of faults of these kinds (empty: all)."""
+def run_seed(seed: int, healed_within_s: float = HEALED_WITHIN_S) -> Outcome:
+    """Run the seed's own schedule."""
     random = Random(f"shells {seed}")
     shape = shape_of(random)
-    faults = draw_faults(random, shape, WARM_S, WARM_S + FAULTS_S, kinds)
+    faults = draw_faults(random, shape, WARM_S, WARM_S + FAULTS_S)
     outcome = Outcome(seed, faults)
     begun = time.thread_time()
     world = ShellWorld(seed, shape)
     capacity, frames = random.choice(CAPACITIES), random.choice(FRAMES)
     with quiet(), world.sleepers.watching(), in_memory(world.wires, world.dice(), capacity, frames):
         try:
-            world.loop.run_until_complete(_play(world, faults))
+            world.loop.run_until_complete(_play(world, faults, healed_within_s))
             gc.collect()
         except Exception as error:  # noqa: BLE001 - whatever breaks is what was looked for
             broke = world.failed or error
@@ -82,7 +82,7 @@ def run_seed(seed: int, kinds: tuple[str, ...] = ()) -> Outcome:
     return outcome
 
 
-async def _play(world: ShellWorld, faults: list[Fault]) -> None:
+async def _play(world: ShellWorld, faults: list[Fault], healed_within_s: float) -> None:
     kernel = world.kernel
     world.begin()
     for fault in faults:
@@ -92,11 +92,11 @@ async def _play(world: ShellWorld, faults: list[Fault]) -> None:
             world.crowd.send(kernel.random.choice(hosts))
         await asyncio.sleep(kernel.random.expovariate(ARRIVALS_A_S))
     _heal(world)
-    await _expect_health(world)
+    await _expect_health(world, healed_within_s)
     for host in world.control_planes():
         world.crowd.send(host)
     await asyncio.sleep(LOOK_S)
-    await _expect_health(world)
+    await _expect_health(world, healed_within_s)
     world.over = True
     for name in world.hosts:
         world.stop(name)
@@ -114,10 +114,10 @@ def _heal(world: ShellWorld) -> None:
         world.start(name)
 
 
-async def _expect_health(world: ShellWorld) -> None:
-    deadline, looks = world.kernel.now + HEALED_WITHIN_S, 0
+async def _expect_health(world: ShellWorld, within_s: float) -> None:
+    deadline, looks = world.kernel.now + within_s, 0
     while (ailment := world.ailment()) is not None:
-        assert world.kernel.now < deadline, f"not healthy {HEALED_WITHIN_S:g} s after healing: {ailment}"
+        assert world.kernel.now < deadline, f"not healthy {within_s:g} s after healing: {ailment}"
         looks += 1
         if looks % 10 == 0:
             world.operate()
