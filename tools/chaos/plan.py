@@ -192,6 +192,8 @@ class Round(_Strict):
 
     faults: Annotated[list[Fault], Field(min_length=1)]
     name: str = ""
+    # None: the plan's. 0: no streams and no new requests, only the faults.
+    streams: Annotated[int, Field(ge=0)] | None = None
 
     @property
     def title(self) -> str:

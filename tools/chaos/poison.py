@@ -1,4 +1,8 @@
-"""A request that kills what runs it, as one with a fatal input would: its ranks are killed wherever it runs."""
+"""A request that kills what runs it, as one with a fatal input would: its ranks get a SIGSEGV wherever it runs.
+
+From outside nobody can aim at its own steps among those of others, so it runs alone. (A SIGKILL would blame nobody: no
+input causes one.)
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from protos.perdure.v1 import inference_pb2, inference_pb2_grpc
 from tools.chaos.live import ChaosError, LiveCluster
 from tools.chaos.plan import Target
 
-KILLS_MAX = 2
-"""Replicas that a request may hurt: once beside others, once alone."""
+BLAMED_MAX = 2
+"""Replicas that a request may hurt: once beside others, once alone. A signal between two steps blames nobody."""
 
 TOKENS = 400
 """Long enough to be met while it runs."""
@@ -33,7 +37,7 @@ async def poison(cluster: LiveCluster) -> str:
             while not running.done():
                 place = await _place(cluster, request)
                 if heard.is_set() and place is not None and place not in killed:
-                    os.kill(await cluster.find(Target.model_validate(f"rank {place[0]}")), signal.SIGKILL)
+                    os.kill(await cluster.find(Target.model_validate(f"rank {place[0]}")), signal.SIGSEGV)
                     killed.add(place)
                     heard.clear()
                 await asyncio.wait({running}, timeout=POLL_S)
@@ -44,8 +48,9 @@ async def poison(cluster: LiveCluster) -> str:
     finally:
         running.cancel()
     told = running.result()
-    hurt = ", ".join(f"{replica} @ {epoch}" for replica, epoch in sorted(killed))
-    if not told or len(killed) > KILLS_MAX:
+    blamed = [(row.replica, row.epoch) for row in await cluster.failures() if request in row.suspects]
+    hurt = ", ".join(f"{replica} @ {epoch}" for replica, epoch in blamed)
+    if not told or not 1 <= len(blamed) <= BLAMED_MAX:
         raise ChaosError(f"the request that kills ended with {told or 'all its tokens'!r} and hurt {hurt}")
     return f"the request that kills hurt {hurt} and was told: {told}"
 

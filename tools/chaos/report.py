@@ -61,19 +61,20 @@ def draw(outcome: Outcome, path: Path) -> None:
     from matplotlib.lines import Line2D
 
     streams = outcome.load.streams
-    rows = 1 + max(stream.number for stream in streams)
+    rows = 1 + max((stream.number for stream in streams), default=0)
     # A line more for the legend.
     height = rows + LABEL_ROWS * (1 + max(len(outcome.inflicted), 1))
     figure = Figure(figsize=(11, 0.6 + 0.15 * height), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    panel.eventplot(
-        [[at - outcome.begun for at in stream.times] for stream in streams],
-        lineoffsets=[stream.number for stream in streams],
-        linelengths=0.8,
-        linewidths=0.6,
-        colors=["tab:red" if place in outcome.differing else "tab:blue" for place in range(len(streams))],
-    )
+    if streams:
+        panel.eventplot(
+            [[at - outcome.begun for at in stream.times] for stream in streams],
+            lineoffsets=[stream.number for stream in streams],
+            linelengths=0.8,
+            linewidths=0.6,
+            colors=["tab:red" if place in outcome.differing else "tab:blue" for place in range(len(streams))],
+        )
     for number, (at, what) in enumerate(sorted(outcome.inflicted)):
         panel.axvline(at - outcome.begun, color="black", linewidth=0.8)
         panel.text(at - outcome.begun, rows + LABEL_ROWS * number, f" {what}", fontsize=7, va="bottom")

@@ -44,7 +44,7 @@ class Outcome:
 
     @property
     def longest_gap_s(self) -> float:
-        return max(stream.longest_gap_s for stream in self.load.streams)
+        return max((stream.longest_gap_s for stream in self.load.streams), default=0.0)
 
     @property
     def passed(self) -> bool:
@@ -82,7 +82,8 @@ async def run_plan(
     await _run_round(plan, [], cluster, hosts, undisturbed)
     outcomes: list[Outcome] = []
     for part in plan.rounds:
-        outcome = Outcome(title=part.title, load=Load(urls, plan.streams, plan.tokens), begun=time.monotonic())
+        streams = plan.streams if part.streams is None else part.streams
+        outcome = Outcome(title=part.title, load=Load(urls, streams, plan.tokens), begun=time.monotonic())
         outcomes.append(outcome)
         await _run_round(plan, part.faults, cluster, hosts, outcome)
         outcome.differing = differing(outcome.load.streams, undisturbed.load.streams)
@@ -118,7 +119,7 @@ async def _run_round(
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(outcome.load.run())
-            if plan.new_request_every:
+            if plan.new_request_every and outcome.load.streams:
                 tasks.create_task(outcome.load.ask_all_along(plan.new_request_every))
             tasks.create_task(_inflict_all(faults, cluster, hosts, outcome))
         ended = time.monotonic()
