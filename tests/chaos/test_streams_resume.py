@@ -117,6 +117,8 @@ async def test_a_program_goes_on_at_another_gateway(cluster: Cluster) -> None:
     victim = next(daemon for daemon in cluster.controlplanes.values() if daemon is not leader)
     sampling = inference_pb2.SamplingOptions(max_tokens=TOKENS, ignore_eos=True, temperature=1, seed=7)
     request = inference_pb2.GenerateRequest(prompt="A program", sampling=sampling, n=2, request=draw_id())
+    async with aiohttp.ClientSession() as http:
+        await ready(http, cluster.url(victim.name))
     async with (
         grpc.aio.insecure_channel(cluster.address(leader.name)) as other,
         grpc.aio.insecure_channel(cluster.address(victim.name)) as first,
