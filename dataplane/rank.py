@@ -19,6 +19,7 @@ import torch
 from controlplane.runtime.errors import PerdureError
 from controlplane.runtime.ids import DeploymentId, Epoch
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
+from controlplane.runtime.telemetry import configure_logging
 from dataplane.engine.engine import Engine
 from dataplane.engine.follower import Follower
 from dataplane.engine.link import DaemonGone, DaemonLink
@@ -261,6 +262,7 @@ class Rank:
 
 def rank_main(socket_path: str, device: str, page_path: str) -> None:
     """Serve the daemon that listens at `socket_path` until it says Exit or goes away. Entry of a forked rank."""
+    configure_logging(json_lines=False, device=device)
     kind = device.partition(":")[0]
     chosen = torch.device("cpu") if kind == "cpu" else torch.device(device)
     link = DaemonLink(socket_path)

@@ -9,7 +9,11 @@ import structlog
 
 
 def configure_logging(*, json_lines: bool, level: str = "info", **bound: object) -> None:
-    """Set up structlog for this process on standard error. `bound` stands in every event (process, node, …)."""
+    """Set up structlog for this process on standard error. `bound` stands in every event (process, node, …).
+
+    Tracebacks are plain: structlog's own choice shows the values of all variables, which for tensors takes seconds in
+    which a rank is missed by its group, and puts prompts into logs.
+    """
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if json_lines

@@ -75,7 +75,9 @@ class Daemon:
         code = "import sys; from dataplane.rank import rank_main; rank_main(*sys.argv[1:])"
         arguments = (str(folder / "rank.sock"), "cpu:0", str(folder / "page"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment)
+        self.log = folder / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=log)
         self.socket, _ = listener.accept()
         self.socket.settimeout(ANSWER_S)
         self._stream = self.socket.makefile("rb")
@@ -313,6 +315,10 @@ def test_step_out_of_memory_is_told_and_survived(process: Daemon, tmp_path: Path
     assert frame.during == "step"
     assert frame.reason.kind is ReasonKind.OUT_OF_MEMORY
     process.serve(wide)
+    told = process.log.read_text()
+    assert "Traceback (most recent call last)" in told
+    # To show tensors takes seconds, in which the rank is missed by its group; and prompts are nobody's business.
+    assert "tensor(" not in told
     tokens, _ = process.finish(process.submit(Sampling(temperature=0, max_tokens=3, ignore_eos=True)))
     assert len(tokens) == 3
     process.leave()
