@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import grpc.aio
 import yaml
@@ -54,7 +55,7 @@ async def eventually(what: str, condition: Callable[[], Any], timeout: float = 3
             last = condition()
             if asyncio.iscoroutine(last):
                 last = await last
-        except (grpc.aio.AioRpcError, OSError) as error:
+        except (grpc.aio.AioRpcError, aiohttp.ClientError, OSError) as error:
             last = None
             problem = str(error)
         else:
@@ -271,7 +272,8 @@ class Cluster:
         return {row["id"]: row for row in status["replicas"] if row["phase"] == "REPLICA_PHASE_READY"}
 
     async def wait_ready(self, replicas: int | None = None) -> dict[str, Any]:
-        """Wait until so many replicas (default: all of the cluster's) are ready and return the status then."""
+        """Wait until so many replicas (default: all of the cluster's) are ready and every control plane that runs
+        serves; the status then."""
         wanted = replicas if replicas is not None else self._replicas
 
         async def ready() -> dict[str, Any] | None:
@@ -280,9 +282,18 @@ class Cluster:
                     raise AssertionError(f"{daemon.name} exited with {daemon.process.returncode}:\n{tail(daemon.log)}")
             status = await self.status()
             rows = [row for row in status["replicas"] if row["phase"] == "REPLICA_PHASE_READY"]
-            return status if len(rows) >= wanted else None
+            return status if len(rows) >= wanted and await self._all_serve() else None
 
         return await eventually(f"{wanted} replicas ready", ready, READY_S)
+
+    async def _all_serve(self) -> bool:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            for name, daemon in self.controlplanes.items():
+                if daemon.running:
+                    async with session.get(f"{self.url(name)}/ready") as reply:
+                        if reply.status != 200:
+                            return False
+        return True
 
     async def leader(self) -> Daemon:
         """The control plane that leads."""
