@@ -17,7 +17,7 @@ serve: $(STAMP)
 	@$(BIN)/perdure up $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 matrix: $(STAMP)
 	@$(BIN)/python -m pytest -m matrix $(ARGS)

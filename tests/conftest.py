@@ -12,17 +12,54 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.cluster import Cluster
 from tests.support.models import tiny_model
 
+# What takes long to start is shared by these: one process runs all files of a group. What runs longest or waits most
+# is started first, so that no process is left with it alone at the end.
+GROUPS = {
+    "the cluster": ("tests/chaos/", "tests/integration/test_end_to_end.py"),
+    "clusters of more ranks": ("tests/integration/test_meshes.py",),
+    "commands": ("tests/integration/test_cli_up.py",),
+    "ranks": (
+        "tests/unit/dataplane/engine/test_mesh.py",
+        "tests/unit/dataplane/models/test_traps.py",
+        "tests/unit/dataplane/models/test_meshes.py",
+        "tests/unit/dataplane/parallel/",
+    ),
+    "the engine": ("tests/unit/dataplane/engine/test_engine.py",),
+    "workers": ("tests/integration/test_worker.py",),
+}
+
+
+def group_of(nodeid: str) -> str:
+    """The group of a test; a file of no group is one of its own."""
+    return next((name for name, paths in GROUPS.items() if nodeid.startswith(paths)), nodeid.partition("::")[0])
+
+
+class GroupScheduling(LoadScopeScheduling):
+    """Hands whole groups to the processes of a run."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupScheduling:
+    return GroupScheduling(config, log)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The matrix takes long: it runs only where the marker expression names it."""
+    # The matrix takes long: it runs only where the marker expression names it.
     if "matrix" not in config.option.markexpr:
         matrix = [item for item in items if item.get_closest_marker("matrix") is not None]
         config.hook.pytest_deselected(items=matrix)
         items[:] = [item for item in items if item not in matrix]
+    order = {name: place for place, name in enumerate(GROUPS)}
+    items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

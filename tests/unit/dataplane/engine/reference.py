@@ -27,9 +27,14 @@ def reference_model(folder: Path) -> Any:
 
 def greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
     """The `count` tokens that greedy generation adds to `prompt`; no token ends it."""
+    return list(_greedy(folder, tuple(prompt), count))
+
+
+@cache
+def _greedy(folder: Path, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
     ids = torch.tensor([prompt])
     model = reference_model(folder)
     model.generation_config.eos_token_id = None
     # A mask of ones: a token that equals a padding id is a token like any other.
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
-    return out[0, len(prompt) :].tolist()
+    return tuple(out[0, len(prompt) :].tolist())

@@ -94,8 +94,10 @@ def facts(answers: list[Generated]) -> list[tuple[list[int], list[float]]]:
     return [(answer.tokens, [item.chosen for item in answer.logprobs]) for answer in answers]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", "float32"), ("llama", "bfloat16"), ("gemma3_text", "bfloat16"), ("qwen3_moe", "bfloat16")],
+)
 def test_bits_do_not_depend_on_what_else_runs(make_engine: MakeEngine, family: str, dtype: str) -> None:
     """Alone, in a batch, in chunks, after preemption, with a cached prefix and replayed: the same bits."""
     submissions = [submission(n, prompt, drawn(n)) for n, prompt in enumerate(mixed_prompts(6))]
