@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 
 from protos.perdure.v1 import common_pb2
 from tools.chaos.hosts import Hosts
@@ -94,7 +94,9 @@ class Saboteur:
                 self._own().daemons[name].release()
             if fault.action is Action.STOP and fault.seconds:
                 for pid in pids:
-                    os.kill(pid, signal.SIGCONT)
+                    # Whoever takes it for dead may have ended it.
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
 
     async def _held_down(self, fault: Fault) -> list[str]:
         """Daemons that are not to be started again meanwhile."""
