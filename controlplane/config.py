@@ -101,7 +101,9 @@ class ModelSection(Section):
     # Names the desired state in etcd: a new model under an old name takes the old one's place.
     deployment: Name = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    numerics: Literal["exact", "fast"] = "exact"
+    # auto: exact where that costs nothing, on CPUs.
+    numerics: Literal["auto", "exact", "fast"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     trust_remote_code: bool = False
     disable_cuda_graph: bool = False
@@ -228,6 +230,7 @@ class ClusterConfig(Section):
             cpu_threads=model.cpu_threads,
             enable_prefix_cache=model.enable_prefix_cache,
             overlap=model.overlap,
+            kv_cache_dtype=model.kv_cache_dtype,
         )
 
     def deployment(self) -> DeploymentRecord:

@@ -62,6 +62,8 @@ class ReplicaStatus:
     reason: Reason | None
     load_fraction: float
     load_stage: str
+    numerics: str
+    attention: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +222,8 @@ def _replica(replica: Replica) -> ReplicaStatus:
         reason=replica.reason,
         load_fraction=replica.load_fraction,
         load_stage=replica.load_stage,
+        numerics=replica.capacity.numerics if replica.capacity else "",
+        attention=replica.capacity.attention if replica.capacity else "",
     )
 
 

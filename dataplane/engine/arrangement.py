@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-ITEM_COLUMNS, MERGE_COLUMNS, TILE_COLUMNS = 8, 4, 4
+ITEM_COLUMNS, MERGE_COLUMNS, TILE_COLUMNS = 8, 4, 8
 
 CHUNK_TOKENS_MIN = 256
 """Positions are cut no finer than this for one item: a part costs a write and a read of its result."""
@@ -137,6 +137,7 @@ def _items(runs: Runs, single: Ints, window: int | None, spare: int, *, pads: bo
     merges[:, 0] = runs.offsets_E[single][order[cut]]
     merges[:, 1] = first[cut]
     merges[:, 2] = parts[cut]
+    merges[:, 3] = 1
     return items, merges
 
 

@@ -33,7 +33,7 @@ class CpuAttentionStep:
         heads, kv_heads = q_THD.shape[1], k_TKD.shape[1]
         out_THD = q_THD.new_empty(q_THD.shape[0], heads, v_TKD.shape[2])
         for group in self._arrange(score.window, heads // kv_heads, k_TKD.shape[1] * q_THD.shape[2], q_THD.dtype):
-            k, v = self._cache.gather(layer, group.blocks)
+            k, v = self._cache.gather(layer, group.blocks, q_THD.dtype)
             q_BKRD = fold(q_THD[group.rows], kv_heads, group.queries)
             mixed_BKRD = attend_tiles(q_BKRD, by_tile(k, group), by_tile(v, group), group, score)
             out_THD[group.rows] = unfold(mixed_BKRD, heads, group.queries)

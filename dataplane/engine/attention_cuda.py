@@ -12,19 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataplane.engine.arrangement import DenseRun
 from dataplane.engine.attention import Score
+from dataplane.engine.attention_choice import Dense
 from dataplane.engine.kv_cache import KVCache
 from dataplane.kernels.decode import decode
-from dataplane.kernels.prefill import prefill
+from dataplane.kernels.prefill import prefill, prefill_split
 from dataplane.kernels.rotary import NONE, HeadNorm, place
 from dataplane.progress import ProgressPage
-
-_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +33,16 @@ class Kind:
     kv_heads: int
     # Whether long prompts may be attended densely: the library knows no caps, no sinks, no uneven head sizes.
     may_be_dense: bool
+    has_sinks: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SplitWork:
+    """A Split on the device, for one launch."""
+
+    tiles: Tensor
+    merges: Tensor
+    parts: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +53,10 @@ class DeviceWork:
     merges: Tensor
     tiles: Tensor
     dense: tuple[DenseRun, ...] = ()
+
+
+Work = DeviceWork | tuple[SplitWork, ...]
+"""Of a step, or of a batch-invariant one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +78,13 @@ class CudaAttentionStep:
         cache: KVCache,
         slots_T: Tensor,
         tables: Tensor,
-        work: Callable[[Kind], DeviceWork],
+        work: Callable[[Kind], Work],
         page: ProgressPage | None = None,
         rows_N: Tensor | None = None,
+        dense: Dense | None = None,
     ) -> None:
+        # What attends long prompts, where the work has any.
+        self._dense = dense
         # Rows whose logits are wanted; None: all.
         self.rows_N = rows_N
         self._cache = cache
@@ -90,51 +104,68 @@ class CudaAttentionStep:
         """As `attend`, for heads that are dense in memory; with `turn`, normed and rotated on the way."""
         heads, kv_heads = q_THD.shape[1], k_TKD.shape[1]
         plain = score.softcap is None and score.sinks_H is None and q_THD.shape[2] == v_TKD.shape[2]
-        work = self._work(Kind(score.window, heads, kv_heads, plain and q_THD.dtype != torch.float32))
-        k_cache, v_cache = self._cache.keys[layer], self._cache.values[layer]
-        page = self._cache.block_tokens
+        may_be_dense = plain and q_THD.dtype != torch.float32
+        work = self._work(Kind(score.window, heads, kv_heads, may_be_dense, score.sinks_H is not None))
+        dense = work.dense if isinstance(work, DeviceWork) else ()
         q_THD, k_TKD = place(
             q_THD,
             k_TKD,
             v_TKD,
             self._slots_T,
-            k_cache,
-            v_cache,
-            page,
+            self._cache.keys[layer],
+            self._cache.values[layer],
+            self._cache.block_tokens,
             turn=None if turn is None else (turn.cos_TR, turn.sin_TR),
             layout=NONE if turn is None else turn.layout,
             norms=None if turn is None else turn.norms,
-            keep_k=turn is not None and bool(work.dense),
+            keep_k=turn is not None and bool(dense),
+            exponents=self._cache.exponents(layer),
         )
-        if len(work.dense) == 1 and work.dense[0].rows == slice(0, len(q_THD)):
-            self._advance()
-            return _dense(work.dense[0], q_THD, k_TKD, v_TKD, score.scaling)
+        self._advance()
+        if len(dense) == 1 and dense[0].rows == slice(0, len(q_THD)):
+            return self._attend_run(dense[0], q_THD, k_TKD, v_TKD, score.scaling)
         out_THD = torch.empty(q_THD.shape[0], heads, v_TKD.shape[2], dtype=q_THD.dtype, device=q_THD.device)
-        sinks_H = score.sinks_H
+        if isinstance(work, DeviceWork):
+            self._over_cache(layer, q_THD, out_THD, kv_heads, score, work)
+        else:
+            self._over_splits(layer, q_THD, out_THD, kv_heads, score, work)
+        for run in dense:
+            out_THD[run.rows] = self._attend_run(run, q_THD, k_TKD, v_TKD, score.scaling)
+        return out_THD
+
+    def _over_cache(
+        self, layer: int, q_THD: Tensor, out_THD: Tensor, kv_heads: int, score: Score, work: DeviceWork
+    ) -> None:
+        caches = self._cache.keys[layer], self._cache.values[layer], self._tables
+        page, exponents = self._cache.block_tokens, self._cache.exponents(layer)
         decode(
-            q_THD, k_cache, v_cache, self._tables, work.items, work.merges, out_THD, kv_heads, page, score.scaling,
-            score.softcap, sinks_H,
+            q_THD, *caches, work.items, work.merges, out_THD, kv_heads, page, score.scaling, score.softcap,
+            score.sinks_H, exponents,
         )  # fmt: skip
         prefill(
-            q_THD, k_cache, v_cache, self._tables, work.tiles, out_THD, kv_heads, page, score.scaling, score.window,
-            score.softcap, sinks_H,
+            q_THD, *caches, work.tiles, out_THD, kv_heads, page, score.scaling, score.window, score.softcap,
+            score.sinks_H, exponents,
         )  # fmt: skip
-        for run in work.dense:
-            out_THD[run.rows] = _dense(run, q_THD, k_TKD, v_TKD, score.scaling)
-        self._advance()
-        return out_THD
+
+    def _over_splits(
+        self, layer: int, q_THD: Tensor, out_THD: Tensor, kv_heads: int, score: Score, work: tuple[SplitWork, ...]
+    ) -> None:
+        caches = self._cache.keys[layer], self._cache.values[layer], self._tables
+        for part in work:
+            prefill_split(
+                q_THD, *caches, part.tiles, part.merges, part.parts, out_THD, kv_heads, self._cache.block_tokens,
+                score.scaling, score.window, score.softcap, score.sinks_H, self._cache.exponents(layer),
+            )  # fmt: skip
+
+    def _attend_run(self, run: DenseRun, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> Tensor:
+        """(rows of the run, H, D)."""
+        assert self._dense is not None, "nothing was chosen for dense runs"
+        q, k, v = (x[run.rows].unflatten(0, (run.count, run.length)) for x in (q_THD, k_TKD, v_TKD))
+        return self._dense(q, k, v, scale).flatten(0, 1)
 
     def _advance(self) -> None:
         if self._page is not None:
             self._page.advance()
-
-
-def _dense(run: DenseRun, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> Tensor:
-    """(rows of the run, H, D)."""
-    q, k, v = (x[run.rows].unflatten(0, (run.count, run.length)).transpose(1, 2) for x in (q_THD, k_TKD, v_TKD))
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _dense_heads(x_THD: Tensor) -> Tensor:

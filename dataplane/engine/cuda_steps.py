@@ -10,7 +10,8 @@ Shape letters: T rows of the step, N rows of logits, V vocabulary, E entries.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataplane.engine.arrangement import (
-    ITEM_COLUMNS,
-    MERGE_COLUMNS,
-    TILE_COLUMNS,
-    Arrangement,
-    Runs,
-    arrange,
-    spare_items,
-    tiles_max,
-)
+from dataplane.engine.arrangement import ITEM_COLUMNS, MERGE_COLUMNS, TILE_COLUMNS, Runs
 from dataplane.engine.attention import running
-from dataplane.engine.attention_cuda import CudaAttentionStep, DeviceWork, Kind
+from dataplane.engine.attention_choice import Dense
+from dataplane.engine.attention_cuda import CudaAttentionStep, Kind, Work
+from dataplane.engine.cuda_work import SPARE_LINES_MAX, Size, WorkMaker
 from dataplane.engine.inputs import Ints, feedback, logit_rows, unpack
+from dataplane.engine.invariant import InvariantOps
 from dataplane.engine.kv_cache import KVCache
 from dataplane.engine.plan import StepPlan
 from dataplane.engine.staging import Section, Staging
 from dataplane.kernels.feed import feed
 from dataplane.kernels.greedy import greedy
-from dataplane.kernels.prefill import queries_a_tile
 from dataplane.models.accelerate import ends_early
 from dataplane.models.fit import FittedModel
 from dataplane.progress import ProgressPage
@@ -64,15 +58,6 @@ class HostStep:
         return len(self.tokens_T) == len(self.rows_N) == len(self.runs.counts_E)
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """What a graph is captured for."""
-
-    rows: int
-    logits: int
-    decode: bool
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTensors:
     """A staged step."""
@@ -85,7 +70,7 @@ class StepTensors:
     rows_N: Tensor | None
     ropes_T: Tensor | None
     tables: Tensor
-    work: Callable[[Kind], DeviceWork]
+    work: Callable[[Kind], Work]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,8 +102,16 @@ class CudaSteps:
         rows_max: int,
         tables_max: int,
         page: ProgressPage | None,
+        maker: WorkMaker,
+        dense: Dense | None,
+        *,
+        exact: bool,
     ) -> None:
-        """For steps of up to `rows_max` tokens whose entries' tables hold up to `tables_max` blocks."""
+        """For steps of up to `rows_max` tokens whose entries' tables hold up to `tables_max` blocks. `dense`: what
+        attends the prompts that `maker` leaves to it; `exact`: batch-invariant, as `maker` is then."""
+        self._maker = maker
+        self._dense = dense
+        self._operations = InvariantOps if exact else nullcontext
         self._model = model
         self._cache = cache
         self._device = device
@@ -148,10 +141,8 @@ class CudaSteps:
         self._logits = len(step.rows_N)
         self._ends_E = np.cumsum(unpack(plan.logit_counts)) - 1
         size = self._size(step) if hidden_TH is None else None
-        if size is None:
-            tensors = self._stage(step)
-            return self._forward(tensors, hidden_TH)
-        self._stage(step, size)
+        if size is None or self._stage(step, size) is None:
+            return self._forward(self._stage_whole(step), hidden_TH)
         captured = self._graphs[size]
         captured.graph.replay()
         return captured.result
@@ -177,6 +168,7 @@ class CudaSteps:
 
     def _capture(self, size: Size, pool: Any) -> _Graph:
         tensors = self._stage(_idle_step(), size)
+        assert tensors is not None, "a step of nothing fits"
         with torch.inference_mode():
             # Once outside: libraries set themselves up at a first call.
             self._forward(tensors, None)
@@ -199,9 +191,11 @@ class CudaSteps:
     def _forward(self, tensors: StepTensors, hidden_TH: Tensor | None) -> StepResult:
         mesh = self._model.mesh
         tokens_T = feed(tensors.tokens_T, tensors.fed_T, self._drawn_N) if mesh.is_first_stage else None
-        step = CudaAttentionStep(self._cache, tensors.slots_T, tensors.tables, tensors.work, self._page, tensors.rows_N)
+        step = CudaAttentionStep(
+            self._cache, tensors.slots_T, tensors.tables, tensors.work, self._page, tensors.rows_N, self._dense
+        )
         rows_N = slice(None) if tensors.rows_N is None or self._ends_early else tensors.rows_N
-        with running(step):
+        with running(step), self._operations():
             out = self._model.forward(tokens_T, hidden_TH, tensors.positions_T, rows_N, tensors.ropes_T)
         if not mesh.is_last_stage:
             return StepResult(out, None, captured=False)
@@ -236,62 +230,66 @@ class CudaSteps:
             runs=Runs(starts, counts, offsets, table_starts, len(entry_T)),
         )
 
-    def _stage(self, step: HostStep, size: Size | None = None) -> StepTensors:
-        """The step on the device: as it is, or filled up to what a graph was captured for."""
-        rows = size.rows if size is not None else 0
-        sections = [
-            Section(step.tokens_T, rows),
-            Section(step.fed_T, rows, fill=-1),
-            Section(step.positions_T, rows),
-            Section(step.slots_T, rows, fill=-1),
-            Section(step.rows_N, size.logits if size is not None else 0),
-        ]
-        if step.ropes_T is not None:
-            sections.append(Section(step.ropes_T, rows))
-        base = len(sections)
-        arranged = [] if size is None else [self._arranged(step.runs, kind, size) for kind in self._kinds]
-        for work, kind in zip(arranged, self._kinds, strict=False):
-            assert size is not None
-            sections += _work_sections(work, kind, size)
-        # At least one: the address of nothing would be captured as null.
-        views = self._staging.stage([*sections, Section(step.tables, 1)])
+    def _stage(self, step: HostStep, size: Size) -> StepTensors | None:
+        """The step on the device, filled up to what a graph was captured for. None: its attention does not fit."""
+        sections = _row_sections(step, size)
+        begins: list[int] = []
+        for kind in self._kinds:
+            work = self._maker.sections(step.runs, kind, size)
+            if work is None:
+                return None
+            begins.append(len(sections))
+            sections += work
+        views = self._staging.stage([*sections, _tables(step)])
         works = {
-            kind: _device_work(views[base + 3 * index :]) for index, kind in enumerate(self._kinds[: len(arranged)])
+            kind: self._maker.from_sections(views[begin:], size)
+            for kind, begin in zip(self._kinds, begins, strict=True)
         }
-        return StepTensors(
-            tokens_T=views[0],
-            fed_T=views[1],
-            positions_T=views[2],
-            slots_T=views[3],
-            rows_N=None if size is not None and size.decode else views[4],
-            ropes_T=views[5] if step.ropes_T is not None else None,
-            tables=views[-1],
-            work=works.__getitem__ if size is not None else self._lazily(step.runs, works),
-        )
+        return _tensors(step, views, works.__getitem__, every_row=size.decode)
 
-    def _arranged(self, runs: Runs, kind: Kind, size: Size | None) -> Arrangement:
-        """The kind's work; rows that a graph is filled up with included."""
-        if size is not None:
-            runs = Runs(runs.starts_E, runs.counts_E, runs.offsets_E, runs.tables_E, size.rows)
-        dense = kind.may_be_dense and size is None
-        queries = queries_a_tile(kind.heads // kind.kv_heads)
-        mixed = size is not None and not size.decode
-        spare = _spare(size, kind) if size else spare_items(int((runs.counts_E == 1).sum()), kind.kv_heads)
-        return arrange(runs, kind.window, spare, queries, may_be_dense=dense, mixed=mixed)
+    def _stage_whole(self, step: HostStep) -> StepTensors:
+        """The step on the device as it is. Attention is arranged when the first layer of its kind asks."""
+        works: dict[Kind, Work] = {}
 
-    def _lazily(self, runs: Runs, works: dict[Kind, DeviceWork]) -> Callable[[Kind], DeviceWork]:
-        """Work of a step that is not captured, arranged when the first layer of its kind asks."""
-
-        def work(kind: Kind) -> DeviceWork:
+        def work(kind: Kind) -> Work:
             if kind not in works:
                 if kind not in self._kinds:
                     self._kinds.append(kind)
-                made = self._arranged(runs, kind, None)
-                tensors = [_upload(part, self._device) for part in (made.items, made.merges, made.tiles)]
-                works[kind] = DeviceWork(*tensors, dense=made.dense)
+                works[kind] = self._maker.upload(step.runs, kind)
             return works[kind]
 
-        return work
+        views = self._staging.stage([*_row_sections(step, None), _tables(step)])
+        return _tensors(step, views, work, every_row=False)
+
+
+def _row_sections(step: HostStep, size: Size | None) -> list[Section]:
+    rows = size.rows if size is not None else 0
+    sections = [
+        Section(step.tokens_T, rows),
+        Section(step.fed_T, rows, fill=-1),
+        Section(step.positions_T, rows),
+        Section(step.slots_T, rows, fill=-1),
+        Section(step.rows_N, size.logits if size is not None else 0),
+    ]
+    return sections if step.ropes_T is None else [*sections, Section(step.ropes_T, rows)]
+
+
+def _tables(step: HostStep) -> Section:
+    # At least one: the address of nothing would be captured as null.
+    return Section(step.tables, 1)
+
+
+def _tensors(step: HostStep, views: Sequence[Tensor], work: Callable[[Kind], Work], *, every_row: bool) -> StepTensors:
+    return StepTensors(
+        tokens_T=views[0],
+        fed_T=views[1],
+        positions_T=views[2],
+        slots_T=views[3],
+        rows_N=None if every_row else views[4],
+        ropes_T=views[5] if step.ropes_T is not None else None,
+        tables=views[-1],
+        work=work,
+    )
 
 
 def decode_sizes(sequences: int) -> list[int]:
@@ -305,38 +303,13 @@ def mixed_sizes(rows_max: int) -> list[int]:
     return [rows for rows in (16, 32, 64, 128, 192, 256, 384, 512) if rows <= rows_max]
 
 
-def _spare(size: Size, kind: Kind) -> int:
-    """A mixed step may hold few single tokens."""
-    return spare_items(size.rows if size.decode else 0, kind.kv_heads)
-
-
-def _work_sections(work: Arrangement, kind: Kind, size: Size) -> list[Section]:
-    spare = _spare(size, kind)
-    tiles = 0 if size.decode else tiles_max(size.rows)
-    return [
-        Section(work.items.reshape(-1), (size.rows + spare) * ITEM_COLUMNS, fill=-1),
-        Section(work.merges.reshape(-1), min(size.rows, spare) * MERGE_COLUMNS, fill=-1),
-        Section(work.tiles.reshape(-1), tiles * TILE_COLUMNS, fill=-1),
-    ]
-
-
-def _device_work(views: list[Tensor]) -> DeviceWork:
-    items, merges, tiles = views[:3]
-    return DeviceWork(items.view(-1, ITEM_COLUMNS), merges.view(-1, MERGE_COLUMNS), tiles.view(-1, TILE_COLUMNS))
-
-
 def _idle_step() -> HostStep:
     """A step without entries, to capture with."""
     none = np.zeros(0, dtype=np.int64)
     return HostStep(none, none, none, none, none, None, none, Runs(none, none, none, none, 0))
 
 
-def _upload(values: Ints, device: torch.device) -> Tensor:
-    pinned = torch.from_numpy(values.astype(np.int32)).pin_memory()
-    return pinned.to(device, non_blocking=True)
-
-
 def _integers(rows: int, tables: int) -> int:
     """Room for a step's sections: five columns of rows, the kernels' work for a few kinds of layers, and tables."""
-    work = (rows + 1024) * (ITEM_COLUMNS + MERGE_COLUMNS + TILE_COLUMNS)
+    work = (rows + SPARE_LINES_MAX) * (ITEM_COLUMNS + MERGE_COLUMNS + TILE_COLUMNS)
     return 8 * rows + 4 * work + tables + 4096

@@ -25,6 +25,7 @@ from controlplane.runtime.messages.serve import FinishReason
 from controlplane.runtime.packing import unpack_u32
 from dataplane.engine.draft import Entry
 from dataplane.engine.logprobs import describe
+from dataplane.engine.numerics import is_exact
 from dataplane.engine.pacing import Pacer
 from dataplane.engine.plan import StepPlan
 from dataplane.engine.readback import Readback
@@ -93,8 +94,10 @@ class Engine:
         self._page = page
         self._runner = ready.runner
         self._limits = ready.limits
+        self._facts = ready.facts
         self._device = device
-        self._sampler = Sampler(model.vocab_size, device)
+        alone = device.type == "cuda" and is_exact(spec.numerics, device)
+        self._sampler = Sampler(model.vocab_size, device, alone=alone)
         self._pacer = Pacer(step_s_max, spec.max_batch_tokens)
         self._pacer.observe(ready.probe_tokens, ready.probe_s)
         # Seconds that the host has waited for the device, in all.
@@ -131,7 +134,7 @@ class Engine:
     @property
     def capacity(self) -> Capacity:
         """What this engine holds, as its replica reports it."""
-        return capacity(self._limits)
+        return capacity(self._limits, self._facts)
 
     # ------------------------------------------------------------ work
 

@@ -28,11 +28,12 @@ class Follower:
         ready = set_up(model, spec, device, page, report)
         self._runner = ready.runner
         self._limits = ready.limits
+        self._facts = ready.facts
         self._page = page
 
     @property
     def capacity(self) -> Capacity:
-        return capacity(self._limits)
+        return capacity(self._limits, self._facts)
 
     def attach(self, model: FittedModel) -> None:
         """Go on with the same weights and cache on another epoch's mesh."""

@@ -32,7 +32,9 @@ from dataplane.parallel.pipeline import StageLink
 from dataplane.progress import ProgressPage
 
 if TYPE_CHECKING:
+    from dataplane.engine.attention_choice import Choice
     from dataplane.engine.cuda_steps import CudaSteps
+    from dataplane.engine.cuda_work import WorkMaker
 
 ROWS_MIN_PACKED = 2
 """A packed product of one row has other bits than that of more (linear.py)."""
@@ -66,6 +68,15 @@ class StepLimits:
     sequences: int
 
 
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """How to compute, as numerics.py and kv_cache.py settle it."""
+
+    # Batch-invariant.
+    exact: bool
+    cache_dtype: torch.dtype
+
+
 class ModelRunner:
     """A loaded model and, after `allocate`, its cache."""
 
@@ -77,8 +88,10 @@ class ModelRunner:
         page: ProgressPage | None,
         report: Callable[[float], None],
         limits: StepLimits,
+        modes: Modes,
     ) -> None:
         """Puts the weights into the form that is fastest here; `report` gets the share that is done."""
+        self._modes = modes
         # Rows that a step has at least; equal on all ranks, for hidden states travel between them.
         self.rows_min = 1
         if device.type == "cpu":
@@ -88,8 +101,8 @@ class ModelRunner:
         self._block_tokens = block_tokens
         self._page = page
         self._limits = limits
-        self._accelerated = False
         self._steps: CudaSteps | None = None
+        self._choice: Choice | None = None
         self.attach(model)
         self._cache = self._new_cache(0)
 
@@ -126,9 +139,7 @@ class ModelRunner:
 
     def capture(self, report: Callable[[float], None]) -> None:
         """Capture CUDA graphs of small steps, where this rank is alone and on a GPU."""
-        # In single precision the product over experts asks the host for their sizes.
-        waits = self._model.dtype == torch.float32 and _routes(self._model)
-        if self._steps is not None and self._mesh.world.size == 1 and not waits:
+        if self._steps is not None and self._mesh.world.size == 1:
             self._steps.capture(self._limits.sequences, report)
 
     def launch(self, plan: StepPlan) -> None:
@@ -200,6 +211,8 @@ class ModelRunner:
 
         All ranks together. Asserts that every attention layer comes to our function, and warms up what has to be.
         """
+        if self._device.type == "cuda":
+            self._choose_attention()
         self.allocate(-(-tokens // self._block_tokens))
         plan = probe_plan(tokens, self._block_tokens)
         if self._device.type == "cuda":
@@ -216,15 +229,15 @@ class ModelRunner:
     def _accelerate(self, plan: StepPlan) -> None:
         """Put fast modules in, once; assert that they compute what the model does."""
         from dataplane.engine.linear_cuda import take_over
-        from dataplane.models.accelerate import accelerate
+        from dataplane.models.accelerate import accelerate, is_accelerated
 
-        if self._accelerated:
+        if is_accelerated(self._model.module):
+            take_over(self._model.module, exact=self._modes.exact)
             return
         assert_attention_reached(self._model, lambda: self._probe(plan), ATTENTION)
         before = self._probe(plan)
-        self._accelerated = True
         accelerate(self._model.module, self._model.max_model_tokens, whole=self._mesh.pipeline.size == 1)
-        take_over(self._model.module)
+        take_over(self._model.module, exact=self._modes.exact)
         self._steps = self._new_steps(len(self._cache.keys[0]))
         after = self._probe(plan)
         if before is None or after is None:
@@ -263,15 +276,39 @@ class ModelRunner:
             )
 
     def _new_cache(self, total_blocks: int) -> KVCache:
-        return KVCache(self._model.attention, total_blocks, self._block_tokens, self._model.dtype, self._device)
+        dtype = self._modes.cache_dtype
+        return KVCache(self._model.attention, total_blocks, self._block_tokens, dtype, self._device)
 
     def _new_steps(self, total_blocks: int) -> CudaSteps:
         # Only here: its kernels exist on hosts with a GPU alone.
         from dataplane.engine.cuda_steps import CudaSteps
+        from dataplane.engine.cuda_work import ExactWork, FastWork
 
         per_sequence = min(-(-self._model.max_model_tokens // self._block_tokens), total_blocks)
         tables = per_sequence * self._limits.sequences
-        return CudaSteps(self._model, self._cache, self._device, self._limits.tokens, tables, self._page)
+        exact, dense = self._modes.exact, self._choice.dense if self._choice is not None else None
+        maker: WorkMaker = FastWork(self._device, dense=dense is not None)
+        if exact:
+            widest = max(4 * layer.q_heads * layer.value_dim for layer in self._model.attention)
+            maker = ExactWork(self._device, widest, total_blocks * self._block_tokens)
+        limits = self._limits.tokens, tables
+        return CudaSteps(self._model, self._cache, self._device, *limits, self._page, maker, dense, exact=exact)
+
+    def _choose_attention(self) -> None:
+        """Find out what attends whole prompts fastest."""
+        from dataplane.engine.attention_choice import choose
+
+        layer = self._model.attention[0]
+        if not self._modes.exact and self._model.dtype != torch.float32 and layer.key_dim == layer.value_dim:
+            shape = layer.q_heads, layer.kv_heads, layer.key_dim
+            self._choice = choose(*shape, self._model.dtype, self._modes.cache_dtype, self._device)
+
+    @property
+    def attention(self) -> str:
+        """What it attends with, in words."""
+        if self._choice is not None:
+            return self._choice.text
+        return "Triton over the paged cache" if self._device.type == "cuda" else "torch's flash kernel, by tiles"
 
 
 def _routes(model: FittedModel) -> bool:

@@ -75,11 +75,12 @@ class SampleRow:
 class Sampler:
     """Draws tokens of one vocabulary on one device."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, *, alone: bool = False) -> None:
+        """`alone`: each row by itself, where kernels choose the order of their sums by the number of rows."""
         self._words_V = token_words(torch.arange(vocab_size, device=device))
         self._device = device
         elements = CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS_GPU
-        self._chunk_rows = max(elements // vocab_size, 1)
+        self._chunk_rows = 1 if alone else max(elements // vocab_size, 1)
 
     def sample(self, logits_NV: Tensor, rows: Sequence[SampleRow | None], best_N: Tensor | None = None) -> Tensor:
         """(N,) int64 token ids, still on the device; -1 where a row's logits are no numbers. A row of None gets the

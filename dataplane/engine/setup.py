@@ -10,8 +10,9 @@ import torch
 from controlplane.runtime.errors import Rejected
 from controlplane.runtime.messages.common import Capacity, Reason, ReasonKind, ReplicaSpec
 from dataplane.engine.book import Limits
-from dataplane.engine.kv_cache import block_bytes
-from dataplane.engine.runner import ModelRunner, StepLimits
+from dataplane.engine.kv_cache import block_bytes, cache_dtype
+from dataplane.engine.numerics import is_exact, promise
+from dataplane.engine.runner import ModelRunner, Modes, StepLimits
 from dataplane.engine.sizing import cache_bytes, count_blocks
 from dataplane.models.fit import FittedModel
 from dataplane.parallel.collectives import all_gather_data, broadcast_data
@@ -33,11 +34,20 @@ Report = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """How a replica computes, in words for its status."""
+
+    numerics: str
+    attention: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """A runner with its cache, and what was found."""
 
     runner: ModelRunner
     limits: Limits
+    facts: Facts
     # The measured prompt, and how long it took.
     probe_tokens: int
     probe_s: float
@@ -50,9 +60,10 @@ def set_up(
 
     Raises Rejected if the memory of some rank does not hold one block.
     """
-    limits = StepLimits(spec.max_batch_tokens, min(spec.max_sequences, spec.max_batch_tokens))
+    largest = StepLimits(spec.max_batch_tokens, min(spec.max_sequences, spec.max_batch_tokens))
+    modes = Modes(is_exact(spec.numerics, device), cache_dtype(spec.kv_cache_dtype, model.dtype, device))
     runner = ModelRunner(
-        model, device, spec.block_tokens, page, lambda share: report("pack", PACK_SHARE * share), limits
+        model, device, spec.block_tokens, page, lambda share: report("pack", PACK_SHARE * share), largest, modes
     )
     report("measure", PACK_SHARE)
     meet(model.mesh.control)
@@ -64,7 +75,7 @@ def set_up(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elapsed = runner.measure(probe)
-    blocks = min(all_gather_data(model.mesh.control, _count_blocks(model, spec, device)))
+    blocks = min(all_gather_data(model.mesh.control, _count_blocks(model, spec, device, modes.cache_dtype)))
     if blocks < 1:
         text = f"no memory for a KV cache block beside the weights on {device} or a peer's device"
         raise Rejected(Reason(kind=ReasonKind.OUT_OF_MEMORY, text=text))
@@ -72,7 +83,9 @@ def set_up(
     if not spec.disable_cuda_graph:
         runner.warm_up()
         runner.capture(lambda share: report("capture", PACK_SHARE + (1 - PACK_SHARE) * share))
-    return Ready(runner, _limits(model, spec, blocks, overlaps(spec, model.mesh, device)), probe, elapsed)
+    limits = _limits(model, spec, blocks, overlaps(spec, model.mesh, device))
+    facts = Facts(promise(spec.numerics, device, model.mesh.tensor.size), runner.attention)
+    return Ready(runner, limits, facts, probe, elapsed)
 
 
 def overlaps(spec: ReplicaSpec, mesh: Mesh, device: torch.device) -> bool:
@@ -86,8 +99,8 @@ def meet(group: Group) -> None:
         broadcast_data(group, None, member, patient=True)
 
 
-def capacity(limits: Limits) -> Capacity:
-    """The limits as a replica reports them."""
+def capacity(limits: Limits, facts: Facts) -> Capacity:
+    """The limits, and how they are made use of, as a replica reports them."""
     return Capacity(
         total_blocks=limits.total_blocks,
         block_tokens=limits.block_tokens,
@@ -95,15 +108,17 @@ def capacity(limits: Limits) -> Capacity:
         max_batch_tokens=limits.max_batch_tokens,
         max_model_tokens=limits.max_model_tokens,
         fingerprint=limits.fingerprint,
+        numerics=facts.numerics,
+        attention=facts.attention,
     )
 
 
-def _count_blocks(model: FittedModel, spec: ReplicaSpec, device: torch.device) -> int:
+def _count_blocks(model: FittedModel, spec: ReplicaSpec, device: torch.device, dtype: torch.dtype) -> int:
     if spec.kv_cache_tokens:
         return -(-spec.kv_cache_tokens // spec.block_tokens)
     step_bytes = _step_bytes(model, spec, device) if device.type == "cuda" else 0
     room = cache_bytes(device, spec.mem_fraction_static, step_bytes)
-    per_block = block_bytes(model.attention, spec.block_tokens, model.dtype)
+    per_block = block_bytes(model.attention, spec.block_tokens, dtype)
     return count_blocks(room, per_block, spec.block_tokens, spec.max_sequences, model.max_model_tokens)
 
 

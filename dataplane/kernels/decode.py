@@ -3,6 +3,9 @@
 The host cuts a step's work into items: a run of positions of one token's sequence, for all heads of a KV head at once.
 An item that is its token's only one writes the result; of several, each writes a part, and a second launch merges them.
 
+A cache of 8-bit floats (E4M3) has an exponent for each position and head, by which its values are to be multiplied as a
+power of two: no value is out of range, and no model has to be calibrated (OCP Microscaling formats 1.0).
+
 Shape letters: T tokens, H query heads, K KV heads, D head size, L positions of a block.
 """
 
@@ -17,12 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dataplane.kernels.early import is_early, options
+
 ITEM = 8
 """Columns of an item: token row (below 0: nothing to do), first entry in the block tables, first position, end, part
 (below 0: the only one)."""
 
 MERGE = 4
-"""Columns of a merge: token row (below 0: nothing to do), first part, number of parts."""
+"""Columns of a merge: token row (below 0: nothing to do), first part, number of parts, from one part to the next."""
+
+Exponents = tuple[Tensor, Tensor]
+"""Of keys and of values, int8, one a position and head: (B, K · L)."""
 
 _LOG2E = 1.4426950408889634
 
@@ -36,13 +44,23 @@ def _weights(score, scale, cap, capped: tl.constexpr):
 
 
 @triton.jit
+def _powers(exponents, place, inside):
+    """2 to the exponents there, by their bits."""
+    exponent = tl.load(exponents + place, mask=inside, other=0).to(tl.int32)
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _decode_kernel(
-    q, q_stride, k_cache, v_cache, tables, items, out, part_out, part_log, sinks, scale, cap,
+    q, q_stride, k_cache, v_cache, k_exponents, v_exponents, tables, items, out, part_out, part_log, sinks, scale, cap,
     heads, kv_heads, group: tl.constexpr,
     width: tl.constexpr, v_width: tl.constexpr, page: tl.constexpr, capped: tl.constexpr, sinking: tl.constexpr,
-    precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, block_v: tl.constexpr,
-    stages: tl.constexpr,
+    scaled: tl.constexpr, precision: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
+    block_d: tl.constexpr, block_v: tl.constexpr, stages: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
+    if early:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0)
     item = items + tl.program_id(1) * 8
     row = tl.load(item).to(tl.int64)
@@ -70,7 +88,10 @@ def _decode_kernel(
             k_DN = tl.load(
                 k_cache + place[None, :] * width + d[:, None], mask=seen[None, :] & (d < width)[:, None], other=0.0
             )
-            score = _weights(tl.dot(q_GD, k_DN, input_precision=precision), scale, cap, capped)
+            product = tl.dot(q_GD, k_DN.to(q_GD.dtype), input_precision=precision)
+            if scaled:
+                product = product * _powers(k_exponents, place, seen)[None, :]
+            score = _weights(product, scale, cap, capped)
             score = tl.where(seen[None, :], score, float("-inf"))
             now = tl.maximum(top, tl.max(score, 1))
             weight = tl.exp2(score - now[:, None])
@@ -79,7 +100,9 @@ def _decode_kernel(
             v_NE = tl.load(
                 v_cache + place[:, None] * v_width + e[None, :], mask=seen[:, None] & (e < v_width)[None, :], other=0.0
             )
-            acc = tl.dot(weight.to(v_NE.dtype), v_NE, acc * fade[:, None], input_precision=precision)
+            if scaled:
+                weight = weight * _powers(v_exponents, place, seen)[None, :]
+            acc = tl.dot(weight.to(q_GD.dtype), v_NE.to(q_GD.dtype), acc * fade[:, None], input_precision=precision)
             top = now
         if part < 0:
             if sinking:
@@ -106,18 +129,23 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(
-    merges, part_out, part_log, out, sinks, heads, v_width: tl.constexpr, sinking: tl.constexpr, block_v: tl.constexpr
-):
+    merges, part_out, part_log, out, sinks, heads, v_width: tl.constexpr, sinking: tl.constexpr, block_v: tl.constexpr,
+    early: tl.constexpr,
+):  # fmt: skip
+    if early:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
     merge = merges + tl.program_id(1) * 4
     row = tl.load(merge).to(tl.int64)
     if row >= 0:
         first = tl.load(merge + 1).to(tl.int64)
         count = tl.load(merge + 2)
+        step = tl.load(merge + 3)
         e = tl.arange(0, block_v)
         top = tl.load(part_log + first * heads + head)
         for index in range(1, count):
-            top = tl.maximum(top, tl.load(part_log + (first + index) * heads + head))
+            top = tl.maximum(top, tl.load(part_log + (first + index * step) * heads + head))
         total = 0.0
         if sinking:
             sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -125,8 +153,10 @@ def _merge_kernel(
             total += tl.exp2(sink - top)
         acc = tl.zeros([block_v], tl.float32)
         for index in range(count):
-            weight = tl.exp2(tl.load(part_log + (first + index) * heads + head) - top)
-            value = tl.load(part_out + ((first + index) * heads + head) * v_width + e, mask=e < v_width, other=0.0)
+            weight = tl.exp2(tl.load(part_log + (first + index * step) * heads + head) - top)
+            value = tl.load(
+                part_out + ((first + index * step) * heads + head) * v_width + e, mask=e < v_width, other=0.0
+            )
             acc += weight * value
             total += weight
         tl.store(out + (row * heads + head) * v_width + e, (acc / total).to(out.dtype.element_ty), mask=e < v_width)
@@ -169,6 +199,7 @@ def decode(
     scale: float,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    exponents: Exponents | None = None,
     tuning: Tuning | None = None,
 ) -> None:
     """Fill the rows of `out_THD` that `items` (I, ITEM) and `merges` (M, MERGE) name, int32 both.
@@ -185,19 +216,26 @@ def decode(
     part_out = torch.empty(parts, heads, v_width, dtype=torch.float32, device=q_THD.device)
     part_log = torch.empty(parts, heads, dtype=torch.float32, device=q_THD.device)
     sinks = sinks_H if sinks_H is not None else part_log
+    k_exponents, v_exponents = exponents if exponents is not None else (items, items)
     exact = q_THD.dtype == torch.float32
     if tuning is None:
         middle = MIDDLE_PROGRAMS[0] <= len(q_THD) * kv_heads <= MIDDLE_PROGRAMS[1]
         tuning = NARROW if exact or max(width, v_width) > 128 else MIDDLE if middle else USUAL
     _decode_kernel[(kv_heads, len(items))](
-        q_THD, q_THD.stride(0), k_cache, v_cache, tables, items, out_THD, part_out, part_log, sinks, scale,
-        softcap or 1.0, heads, kv_heads, group, width, v_width, block_tokens, softcap is not None,
-        sinks_H is not None, "ieee" if exact else "tf32", padded(group),
-        tuning.positions, padded(width), padded(v_width), 1 if exact else tuning.stages,
-        num_warps=tuning.warps,
+        q_THD, q_THD.stride(0), k_cache, v_cache, k_exponents, v_exponents, tables, items, out_THD, part_out, part_log,
+        sinks, scale, softcap or 1.0, heads, kv_heads, group, width, v_width, block_tokens, softcap is not None,
+        sinks_H is not None, exponents is not None, "ieee" if exact else "tf32", padded(group),
+        tuning.positions, padded(width), padded(v_width), 1 if exact else tuning.stages, is_early(),
+        num_warps=tuning.warps, **options(),
     )  # fmt: skip
     if merged:
-        _merge_kernel[(heads, len(merges))](
-            merges, part_out, part_log, out_THD, sinks, heads, v_width, sinks_H is not None,
-            padded(v_width), num_warps=1,
-        )  # fmt: skip
+        merge(merges, part_out, part_log, out_THD, sinks_H)
+
+
+def merge(merges: Tensor, part_out: Tensor, part_log: Tensor, out_THD: Tensor, sinks_H: Tensor | None) -> None:
+    """Fill the rows of `out_THD` that `merges` name from parts: means (P, H, D) and logarithms of weights (P, H)."""
+    heads, v_width = out_THD.shape[1:]
+    _merge_kernel[(heads, len(merges))](
+        merges, part_out, part_log, out_THD, part_log if sinks_H is None else sinks_H, heads, v_width,
+        sinks_H is not None, padded(v_width), is_early(), num_warps=1, **options(),
+    )  # fmt: skip

@@ -12,13 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dataplane.kernels.early import is_early, options
+
 SILU, GELU_TANH, GELU = 0, 1, 2
 
 _BLOCK = 1024
 
 
 @triton.jit
-def _gated_kernel(x, out, width, activation: tl.constexpr, block: tl.constexpr):
+def _gated_kernel(x, out, width, activation: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
+    if early:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inside = column < width
@@ -43,5 +48,6 @@ def gated(x: Tensor, activation: int) -> Tensor:
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     rows = out.numel() // width
     if rows:
-        _gated_kernel[(rows, triton.cdiv(width, _BLOCK))](x, out, width, activation, _BLOCK, num_warps=4)
+        grid = (rows, triton.cdiv(width, _BLOCK))
+        _gated_kernel[grid](x, out, width, activation, _BLOCK, is_early(), num_warps=4, **options())
     return out

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dataplane.kernels.early import is_early, options
+
 AFTER_CAST, BEFORE_CAST, ONE_PLUS = 0, 1, 2
 """How the weight is applied: `w · cast(x)`, `cast(w · x)`, `cast((1 + w) · x)`."""
 
@@ -27,8 +29,12 @@ def _scaled(normed, weight, kind: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _norm_kernel(
-    x, delta, weight, stream, out, width, epsilon, kind: tl.constexpr, adds: tl.constexpr, block: tl.constexpr
-):
+    x, delta, weight, stream, out, width, epsilon, kind: tl.constexpr, adds: tl.constexpr, block: tl.constexpr,
+    early: tl.constexpr,
+):  # fmt: skip
+    if early:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < width
@@ -68,4 +74,6 @@ def _launch(
     block = triton.next_power_of_2(width)
     warps = min(max(block // 512, 1), 16)
     if rows:
-        _norm_kernel[(rows,)](x, delta, weight, stream, out, width, epsilon, kind, adds, block, num_warps=warps)
+        _norm_kernel[(rows,)](
+            x, delta, weight, stream, out, width, epsilon, kind, adds, block, is_early(), num_warps=warps, **options()
+        )  # fmt: skip

@@ -1,6 +1,7 @@
 """Queries and keys normed per head and rotated, keys and values stored in the paged cache: one launch.
 
-The cache holds a block as (K, L, D): the positions of one head lie together.
+The cache holds a block as (K, L, D): the positions of one head lie together. One of 8-bit floats gets each head's
+values over a power of two that brings the largest near the top of their range.
 
 Shape letters: T tokens, H query heads, K KV heads, D head size, R rotated dimensions, L positions of a block.
 """
@@ -16,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dataplane.kernels.decode import Exponents
+from dataplane.kernels.early import is_early, options
 from dataplane.kernels.norm import _scaled
 
 NONE, HALVES, PAIRS = 0, 1, 2
@@ -78,13 +81,30 @@ def _turned(
 
 
 @triton.jit
+def _store(cache, exponents, value, place, dim, inside, here, width: tl.constexpr, scaled: tl.constexpr):
+    """Heads (heads, block) at `place` of the cache."""
+    if scaled:
+        value = value.to(tl.float32)
+        bits = tl.max(tl.abs(value), 1).to(tl.int32, bitcast=True)
+        # The largest becomes at least 128 and less than 256, of 448.
+        exponent = tl.maximum(((bits >> 23) & 255) - 134, -100)
+        tl.store(exponents + place, exponent.to(tl.int8)[:, None], mask=here[:, None])
+        value = (value * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]).to(cache.dtype.element_ty)
+    tl.store(cache + place * width + dim[None, :], value, mask=inside)
+
+
+@triton.jit
 def _place_kernel(
     q, k, v, q_stride, k_stride, v_stride, cos, sin, q_weight, k_weight, q_epsilon, k_epsilon,
-    slots, q_out, k_out, k_cache, v_cache, heads, kv_heads,
+    slots, q_out, k_out, k_cache, v_cache, k_exponents, v_exponents, heads, kv_heads,
     width: tl.constexpr, v_width: tl.constexpr, rotated: tl.constexpr, columns: tl.constexpr, layout: tl.constexpr,
     q_norm: tl.constexpr, k_norm: tl.constexpr, writes_q: tl.constexpr, keeps_k: tl.constexpr,
-    page: tl.constexpr, q_groups: tl.constexpr, block: tl.constexpr, v_block: tl.constexpr, many: tl.constexpr,
+    scaled: tl.constexpr, page: tl.constexpr, q_groups: tl.constexpr, block: tl.constexpr, v_block: tl.constexpr,
+    many: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
+    if early:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     if group < q_groups:
@@ -113,9 +133,10 @@ def _place_kernel(
         # Rows that only fill a batch up have no slot.
         if slot >= 0:
             place = ((slot // page) * kv_heads + head[:, None]) * page + slot % page
-            tl.store(k_cache + place * width + dim[None, :], value, mask=inside)
-            v_inside = (head < kv_heads)[:, None] & (v_dim < v_width)[None, :]
-            tl.store(v_cache + place * v_width + v_dim[None, :], v_value, mask=v_inside)
+            here = head < kv_heads
+            _store(k_cache, k_exponents, value, place, dim, inside, here, width, scaled)
+            v_inside = here[:, None] & (v_dim < v_width)[None, :]
+            _store(v_cache, v_exponents, v_value, place, v_dim, v_inside, here, v_width, scaled)
 
 
 def place(
@@ -131,6 +152,7 @@ def place(
     layout: int = NONE,
     norms: tuple[HeadNorm, HeadNorm] | None = None,
     keep_k: bool = False,
+    exponents: Exponents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Store the step's keys and values; return queries and (with `keep_k`) keys as they are attended with.
 
@@ -149,12 +171,13 @@ def place(
     q_norm, k_norm = norms if norms is not None else (HeadNorm(slots_T, 0.0, -1), HeadNorm(slots_T, 0.0, -1))
     many = min(_HEADS, triton.next_power_of_2(max(heads, kv_heads)))
     q_groups = triton.cdiv(heads, many) if writes_q else 0
+    k_exponents, v_exponents = exponents if exponents is not None else (slots_T, slots_T)
     _place_kernel[(tokens, q_groups + triton.cdiv(kv_heads, many))](
         q_THD, k_TKD, v_TKD, q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0), cos, sin,
         q_norm.weight_D, k_norm.weight_D, q_norm.epsilon, k_norm.epsilon,
-        slots_T, q_out, k_out, k_cache, v_cache, heads, kv_heads,
-        width, v_width, rotated, columns, layout, q_norm.kind, k_norm.kind, writes_q, keep_k,
+        slots_T, q_out, k_out, k_cache, v_cache, k_exponents, v_exponents, heads, kv_heads,
+        width, v_width, rotated, columns, layout, q_norm.kind, k_norm.kind, writes_q, keep_k, exponents is not None,
         block_tokens, q_groups, triton.next_power_of_2(width), triton.next_power_of_2(v_width), many,
-        num_warps=4,
+        is_early(), num_warps=4, **options(),
     )  # fmt: skip
     return q_out, k_out

@@ -24,6 +24,8 @@ from dataplane.models.rotary import Rotary
 from dataplane.models.structure import attention_modules, decoder_of, layers_of, replace_module
 from dataplane.parallel.tensor import FusedPart, Linear
 
+_DONE = "perdure_accelerated"
+
 
 @dataclass(frozen=True, slots=True)
 class Accelerated:
@@ -47,7 +49,13 @@ def accelerate(model: PreTrainedModel, positions: int, *, whole: bool) -> Accele
     for name, module in list(model.named_modules()):
         if isinstance(module, Rotary) and not module.by_length:
             replace_module(model, name, RotaryTable(module, positions))
+    setattr(model, _DONE, True)
     return Accelerated(attention, feed_forward, norms, layers)
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate` has been here."""
+    return hasattr(model, _DONE)
 
 
 def _rotary_width(model: nn.Module) -> int | None:

@@ -11,7 +11,7 @@ from torch import nn
 from dataplane.models.fitted import Fitted
 from dataplane.models.pieces import Piece, part
 from dataplane.models.structure import refused
-from dataplane.parallel.expert import ExpertShard
+from dataplane.parallel.expert import ExpertShard, grouped_matmul
 from dataplane.parallel.split import Range, SplitError, cut
 
 
@@ -69,6 +69,7 @@ def fit_experts(fitted: Fitted, path: str) -> None:
     first, last = cut(total, ways, mesh.expert_rank)
     module.perdure_experts = ExpertShard(first, last - first, mesh.tensor)
     module.matmul = F.linear
+    module.grouped_matmul = grouped_matmul
     if mesh.tensor.size > 1:
         _cut_experts(fitted, path, module, (first, last))
 

@@ -8,7 +8,7 @@ family through the attributes that transformers' expert modules share (`is_trans
 
 Shape letters: T tokens, K experts chosen a token, S = T·K choices, H hidden size, I an expert's inner size, E experts
 held here. Products go through the module's `matmul` as in tensor.py, one call an expert and projection, with the
-expert's (O, I) view of the stacked weight.
+expert's (O, I) view of the stacked weight; on a GPU through its `grouped_matmul`, one call a projection.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def experts_forward(module: nn.Module, x_TH: Tensor, chosen_TK: Tensor, weights_
     # Back to the order of choices, then summed within a token in that order: no neighbour in the batch changes it.
     choices_SH = torch.empty_like(y_SH)
     choices_SH[order_S] = y_SH
-    weighted_TKH = choices_SH.view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
+    weighted_TKH = choices_SH.view(*chosen_TK.shape, x_TH.shape[1]) * weights_TK.unsqueeze(-1)
     return shard.group.all_reduce(weighted_TKH.sum(1).to(x_TH.dtype))
 
 
@@ -80,7 +80,7 @@ def spread_forward(module: nn.Module, x_TH: Tensor, chosen_TK: Tensor, weights_T
     results_RH = _own_choices(module, rows_RH, wanted_R1.squeeze(1))
     choices_SH = torch.empty(len(order_S), x_TH.shape[1], dtype=x_TH.dtype, device=x_TH.device)
     choices_SH[order_S] = group.all_to_all(results_RH, incoming, outgoing)
-    weighted_TKH = choices_SH.view(*chosen_TK.shape, -1) * weights_TK.unsqueeze(-1)
+    weighted_TKH = choices_SH.view(*chosen_TK.shape, x_TH.shape[1]) * weights_TK.unsqueeze(-1)
     return weighted_TKH.sum(1).to(x_TH.dtype)
 
 
@@ -120,20 +120,29 @@ def _weights(module: nn.Module, name: str, expert: int) -> tuple[Tensor, Tensor 
 
 def _by_groups(module: nn.Module, x_SH: Tensor, sorted_S: Tensor, count: int) -> Tensor:
     """All experts in two grouped products whose sizes stay on the device."""
-    held_S = sorted_S.clamp(max=count - 1)
     experts_E = torch.arange(count, device=sorted_S.device)
     offsets_E = (sorted_S.unsqueeze(0) == experts_E.unsqueeze(1)).sum(1).cumsum(0).to(torch.int32)
-    up_SI = _grouped(module, "gate_up_proj" if module.has_gate else "up_proj", x_SH, held_S, offsets_E)
+    up_SI = _grouped(module, "gate_up_proj" if module.has_gate else "up_proj", x_SH, offsets_E)
     # Rows behind the last group are left as they were in memory: cleared before they can become a NaN.
     up_SI = torch.where((sorted_S < count).unsqueeze(-1), up_SI, 0)
     inner_SI = module._apply_gate(up_SI) if module.has_gate else module.act_fn(up_SI)  # type: ignore[operator]
-    return _grouped(module, "down_proj", inner_SI, held_S, offsets_E)
+    return _grouped(module, "down_proj", inner_SI, offsets_E)
 
 
-def _grouped(module: nn.Module, name: str, x_SI: Tensor, held_S: Tensor, offsets_E: Tensor) -> Tensor:
+def _grouped(module: nn.Module, name: str, x_SI: Tensor, offsets_E: Tensor) -> Tensor:
     weight = getattr(module, name)
-    y_SO = F.grouped_mm(x_SI, weight if module.is_transposed else weight.transpose(-2, -1), offs=offsets_E)
-    return y_SO + getattr(module, f"{name}_bias")[held_S] if module.has_bias else y_SO
+    weight_EIO = weight if module.is_transposed else weight.transpose(-2, -1)
+    bias_EO = getattr(module, f"{name}_bias") if module.has_bias else None
+    return module.grouped_matmul(x_SI, weight_EIO, offsets_E, bias_EO)  # type: ignore[operator]
+
+
+def grouped_matmul(x_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor, bias_EO: Tensor | None) -> Tensor:
+    """(S, O): rows before ends_E[0] by the first weight, and so on; what stands behind the last end has no meaning."""
+    y_SO = F.grouped_mm(x_SI, weight_EIO, offs=ends_E)
+    if bias_EO is None:
+        return y_SO
+    rows_S = torch.arange(len(x_SI), device=x_SI.device)
+    return y_SO + bias_EO[torch.bucketize(rows_S, ends_E, right=True).clamp(max=len(ends_E) - 1)]
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

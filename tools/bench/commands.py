@@ -23,6 +23,10 @@ def engine_command(
     overlap: Annotated[
         Literal["auto", "on", "off"], typer.Option(help="Prepare the next step while one runs.")
     ] = "auto",
+    numerics: Annotated[Literal["auto", "exact", "fast"], typer.Option(help="exact: batch-invariant.")] = "auto",
+    kv_cache_dtype: Annotated[Literal["auto", "fp8_e4m3"], typer.Option(help="What keys and values are kept as.")] = (
+        "auto"
+    ),
     profile: Annotated[bool, typer.Option("--profile", help="On a GPU: take decode steps apart, too.")] = False,
     json: Json = None,
     plot: Plot = None,
@@ -38,7 +42,12 @@ def engine_command(
     from tools.bench.start import has_gpu
 
     if device == "cuda" or (device == "auto" and has_gpu()):
-        options = {"disable_cuda_graph": disable_cuda_graph, "overlap": overlap}
+        options = {
+            "disable_cuda_graph": disable_cuda_graph,
+            "overlap": overlap,
+            "numerics": numerics,
+            "kv_cache_dtype": kv_cache_dtype,
+        }
         report = engine_gpu.measure([name.strip() for name in models.split(",")], rounds, options, with_profile=profile)
     else:
         report = engine_cpu.measure(model, rounds, with_peer=peer == "transformers", overlap=overlap)

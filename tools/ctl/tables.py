@@ -66,14 +66,17 @@ def nodes_table(rows: list[Row]) -> Table:
 
 
 def replicas_table(rows: list[Row]) -> Table:
-    table = _table("replica", "state", "epoch", "running", "waiting", "free blocks", "step", "nodes", "reason")
+    table = _table(
+        "replica", "state", "epoch", "running", "waiting", "free blocks", "step", "numerics", "nodes", "reason"
+    )
     for row in rows:
         state = state_text(row["state"])
         if row["state"] == "loading":
             state.append(f" {row['load_fraction']:.0%} {row['load_stage']}")
         blocks = f"{row['free_blocks']} of {row['total_blocks']}"
         counts = (str(row["epoch"]), str(row["running"]), str(row["waiting"]), blocks, f"{row['step_ms']} ms")
-        table.add_row(row["id"], state, *counts, words(row["nodes"]), row["reason"])
+        numerics = row["numerics"].partition(":")[0]
+        table.add_row(row["id"], state, *counts, numerics, words(row["nodes"]), row["reason"])
     return table
 
 

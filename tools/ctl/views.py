@@ -92,6 +92,8 @@ def replicas_view(status: admin_pb2.StatusResponse) -> list[Row]:
             "step_ms": round(replica.step_ms, 1),
             "load_fraction": round(replica.load_fraction, 3),
             "load_stage": replica.load_stage,
+            "numerics": replica.numerics,
+            "attention": replica.attention,
             "reason": reason_text(replica),
         }
         for replica in status.replicas

@@ -25,6 +25,7 @@ SETTINGS: dict[str, Loc] = {
     "served_model_name": ("model", "name"),
     "dtype": ("model", "dtype"),
     "numerics": ("model", "numerics"),
+    "kv_cache_dtype": ("model", "kv_cache_dtype"),
     "mem_fraction_static": ("model", "mem_fraction_static"),
     "disable_cuda_graph": ("model", "disable_cuda_graph"),
     "trust_remote_code": ("model", "trust_remote_code"),
@@ -69,7 +70,16 @@ ServedModelName = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")]
 Numerics = Annotated[
     str | None,
-    typer.Option(help="exact: the same tokens in any batch and after any replay; or fast.", show_default="exact"),
+    typer.Option(
+        help="exact: the same tokens in any batch and after any replay; fast; or auto: exact on CPUs.",
+        show_default="auto",
+    ),
+]
+KvCacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-dtype", help="auto, or fp8_e4m3: twice the tokens in the same memory.", show_default="auto"
+    ),
 ]
 MemFraction = Annotated[
     float | None, typer.Option("--mem-fraction-static", help="Share of device memory to use.", show_default="0.85")

@@ -33,6 +33,7 @@ def serve_command(
     served_model_name: options.ServedModelName = None,
     dtype: options.Dtype = None,
     numerics: options.Numerics = None,
+    kv_cache_dtype: options.KvCacheDtype = None,
     tensor_parallel_size: options.TensorSize = None,
     pipeline_parallel_size: options.PipelineSize = None,
     data_parallel_size: options.DataSize = None,

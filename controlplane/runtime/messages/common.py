@@ -162,8 +162,8 @@ class ReplicaSpec:
     model_path: str
     # "auto", "float32", "bfloat16", "float16".
     dtype: str = "auto"
-    # "exact" (batch-invariant execution) or "fast".
-    numerics: str = "exact"
+    # "exact" (batch-invariant execution), "fast", or "auto": exact where that costs nothing (on CPUs).
+    numerics: str = "auto"
     # "auto" or "dummy" (random weights from the config).
     load_format: str = "auto"
     degrees: ParallelDegrees = ParallelDegrees()
@@ -185,6 +185,8 @@ class ReplicaSpec:
     enable_prefix_cache: bool = True
     # Whether the next step is prepared while one runs: "auto" (on GPUs), "on" or "off".
     overlap: str = "auto"
+    # What keys and values are cached as: "auto" (the model's own type) or "fp8_e4m3".
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +200,10 @@ class Capacity:
     max_model_tokens: int
     # Seeds its prefix hashes, together with the tenant's salt; the same for replicas that could share blocks.
     fingerprint: str = ""
+    # What holds for its text, in words.
+    numerics: str = ""
+    # What it attends with, in words.
+    attention: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

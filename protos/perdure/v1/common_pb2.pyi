@@ -208,7 +208,7 @@ class ParallelDegrees(_message.Message):
     def __init__(self, tensor: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., expert: _Optional[int] = ...) -> None: ...
 
 class ReplicaSpec(_message.Message):
-    __slots__ = ("deployment", "model_path", "dtype", "numerics", "load_format", "degrees", "backend", "trust_remote_code", "disable_cuda_graph", "mem_fraction_static", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens", "kv_cache_tokens", "cpu_threads", "enable_prefix_cache", "overlap")
+    __slots__ = ("deployment", "model_path", "dtype", "numerics", "load_format", "degrees", "backend", "trust_remote_code", "disable_cuda_graph", "mem_fraction_static", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens", "kv_cache_tokens", "cpu_threads", "enable_prefix_cache", "overlap", "kv_cache_dtype")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +227,7 @@ class ReplicaSpec(_message.Message):
     CPU_THREADS_FIELD_NUMBER: _ClassVar[int]
     ENABLE_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     OVERLAP_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     model_path: str
     dtype: str
@@ -245,23 +246,28 @@ class ReplicaSpec(_message.Message):
     cpu_threads: int
     enable_prefix_cache: bool
     overlap: str
-    def __init__(self, deployment: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., numerics: _Optional[str] = ..., load_format: _Optional[str] = ..., degrees: _Optional[_Union[ParallelDegrees, _Mapping]] = ..., backend: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ..., disable_cuda_graph: _Optional[bool] = ..., mem_fraction_static: _Optional[float] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., enable_prefix_cache: _Optional[bool] = ..., overlap: _Optional[str] = ...) -> None: ...
+    kv_cache_dtype: str
+    def __init__(self, deployment: _Optional[str] = ..., model_path: _Optional[str] = ..., dtype: _Optional[str] = ..., numerics: _Optional[str] = ..., load_format: _Optional[str] = ..., degrees: _Optional[_Union[ParallelDegrees, _Mapping]] = ..., backend: _Optional[str] = ..., trust_remote_code: _Optional[bool] = ..., disable_cuda_graph: _Optional[bool] = ..., mem_fraction_static: _Optional[float] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., enable_prefix_cache: _Optional[bool] = ..., overlap: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class Capacity(_message.Message):
-    __slots__ = ("total_blocks", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens", "fingerprint")
+    __slots__ = ("total_blocks", "block_tokens", "max_sequences", "max_batch_tokens", "max_model_tokens", "fingerprint", "numerics", "attention")
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     block_tokens: int
     max_sequences: int
     max_batch_tokens: int
     max_model_tokens: int
     fingerprint: str
-    def __init__(self, total_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    numerics: str
+    attention: str
+    def __init__(self, total_blocks: _Optional[int] = ..., block_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ..., numerics: _Optional[str] = ..., attention: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "max_tokens", "min_tokens", "ignore_eos", "stop_ids", "logit_bias", "logprobs", "prompt_logprobs")

@@ -123,6 +123,17 @@ def test_bits_do_not_depend_on_what_else_runs(make_engine: MakeEngine, family: s
     ]
 
 
+def test_a_cache_of_8_bit_floats_changes_little_and_depends_on_nothing_else(make_engine: MakeEngine) -> None:
+    items = [submission(n, prompt, drawn(n)) for n, prompt in enumerate(mixed_prompts(4))]
+    small = {"kv_cache_dtype": "fp8_e4m3"}
+    alone = [generate(make_engine("llama", "float32", **small), [item])[0] for item in items]
+    crowded = make_engine("llama", "float32", **small, kv_cache_tokens=512, max_batch_tokens=20, max_sequences=8)
+    assert facts(generate(crowded, items)) == facts(alone)
+    full = generate(make_engine("llama", "float32"), items)
+    assert all(abs(a.logprobs[0].chosen - b.logprobs[0].chosen) < 0.3 for a, b in zip(full, alone, strict=True))
+    assert facts(full) != facts(alone)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_step_ahead_gives_the_same_bits(make_engine: MakeEngine, family: str) -> None:
     """With tokens fed back before they are known, but where a penalty must know them; crowded, and poked at the end."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dataplane.engine.kv_cache import FP8, quantise
 from dataplane.models.recognise import ACTIVATIONS, NORMS, turn_halves, turn_pairs
 
 pytestmark = pytest.mark.gpu
@@ -76,6 +77,27 @@ def test_place_turns_and_stores(device: torch.device, layout: int, rotated: int,
             if slot >= 0:
                 wanted[slot // page, :, slot % page] = rows[row]
         assert close(stored, wanted)
+
+
+def test_place_stores_8_bit_floats(device: torch.device) -> None:
+    """The same bits and exponents as the cache of a CPU has."""
+    from dataplane.kernels.rotary import place
+
+    tokens, heads, dim, page = 7, 3, 80, 16
+    scales = torch.tensor([1e-30, 1e-3, 0.0, 1.0, 300.0, 7e4, 1e30], device=device).view(-1, 1, 1)
+    q, k, v = (torch.randn(tokens, heads, dim, device=device) * scales for _ in range(3))
+    slots = torch.tensor([3, 17, 5, 0, 40, 41, 42], dtype=torch.int32, device=device)
+    bits = [torch.zeros(3, heads * page * dim, dtype=torch.uint8, device=device) for _ in range(2)]
+    exponents = [torch.zeros(3, heads * page, dtype=torch.int8, device=device) for _ in range(2)]
+    place(
+        q, k, v, slots, bits[0].view(FP8), bits[1].view(FP8), page, exponents=(exponents[0], exponents[1])
+    )  # fmt: skip
+    for stored, powers, rows in zip(bits, exponents, (k, v), strict=True):
+        wanted_bits, wanted_powers = quantise(rows.cpu())
+        for row, slot in enumerate(slots.tolist()):
+            at = slot // page, slice(None), slot % page
+            assert torch.equal(powers.view(3, heads, page)[at].cpu(), wanted_powers[row])
+            assert torch.equal(stored.view(3, heads, page, dim)[at].cpu(), wanted_bits[row])
 
 
 @pytest.mark.parametrize("shape", [(5, 40), (300, 1024), (1500, 2500)])
