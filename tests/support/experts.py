@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dataplane.models.structure import expert_modules
-from dataplane.parallel.expert import ExpertShard
+from dataplane.parallel.expert import ExpertShard, grouped_matmul
 from dataplane.parallel.groups import Group
 from tests.support.models import family_config, random_model
 
@@ -20,6 +20,7 @@ def experts_of(family: str) -> Any:
     module: Any = next(module for _, module in expert_modules(random_model(config)))
     module.perdure_experts = ExpertShard(0, module.num_experts, Group("tensor", (0,), 0))
     module.matmul = F.linear
+    module.grouped_matmul = grouped_matmul
     return module
 
 

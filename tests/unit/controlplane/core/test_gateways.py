@@ -56,7 +56,7 @@ def test_welcome_then_the_full_table() -> None:
     assert table.full
     (row,) = table.rows
     assert (row.replica, row.phase, row.node, row.serve_address) == (M0, ReplicaPhase.READY, "w1", "w1:7000")
-    assert (row.model, row.model_path, row.numerics) == ("m", "/models/m", "exact")
+    assert (row.model, row.model_path, row.numerics) == ("m", "/models/m", "auto")
     assert row.capacity is not None
 
 
