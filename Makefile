@@ -1,5 +1,6 @@
 # make serve   install into .venv and serve the demo model on this machine
 # make test    install into .venv and run every test that needs no GPU
+# make chaos   more faults against a real cluster: gateways, all workers in turn, leader and etcd at once
 # make matrix  every model family on every mesh, and the demo model's own weights, against transformers
 PYTHON ?= python3
 VENV := .venv
@@ -11,13 +12,16 @@ ARGS ?=
 # Test files run at a time. Many of them wait for leases to expire, so one more than the cores of a small machine.
 JOBS ?= 3
 
-.PHONY: serve test matrix lint check protos clean
+.PHONY: serve test chaos matrix lint check protos clean
 
 serve: $(STAMP)
 	@$(BIN)/perdure up $(ARGS)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m 'not gpu' -n $(JOBS) --dist loadscope --no-loadscope-reorder $(ARGS)
+
+chaos: $(STAMP)
+	@$(BIN)/python -m pytest -m chaos -s $(ARGS)
 
 matrix: $(STAMP)
 	@$(BIN)/python -m pytest -m matrix $(ARGS)

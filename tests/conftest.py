@@ -52,12 +52,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupSc
     return GroupScheduling(config, log)
 
 
+NAMED = ("matrix", "chaos")
+"""What takes long runs only where the marker expression names it."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The matrix takes long: it runs only where the marker expression names it.
-    if "matrix" not in config.option.markexpr:
-        matrix = [item for item in items if item.get_closest_marker("matrix") is not None]
-        config.hook.pytest_deselected(items=matrix)
-        items[:] = [item for item in items if item not in matrix]
+    left_out = [name for name in NAMED if name not in config.option.markexpr]
+    others = [item for item in items if any(item.get_closest_marker(name) is not None for name in left_out)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
     order = {name: place for place, name in enumerate(GROUPS)}
     items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
 

@@ -20,7 +20,7 @@ from protos.perdure.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.cluster import Cluster, Daemon, eventually
 from tools.client import StreamClient
 
-pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.asyncio(loop_scope="session")]
 
 TOKENS = 160
 

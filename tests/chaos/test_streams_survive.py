@@ -114,6 +114,7 @@ async def test_a_rank_is_killed(cluster: Cluster, undisturbed: list[Stream]) -> 
     assert failure["requests"] > 0
 
 
+@pytest.mark.chaos
 async def test_a_worker_daemon_stands_still_for_a_moment(cluster: Cluster, undisturbed: list[Stream]) -> None:
     """Long enough that gateways give up its connections: streams go on by their cursors, or elsewhere."""
     running = wave(cluster)
@@ -180,6 +181,7 @@ async def test_etcd_is_killed_and_restarted(cluster: Cluster, undisturbed: list[
     await one_request(cluster)
 
 
+@pytest.mark.chaos
 async def test_leader_and_etcd_are_both_away(cluster: Cluster, undisturbed: list[Stream]) -> None:
     leader = await cluster.leader()
     (other,) = [name for name in cluster.controlplanes if name != leader.name]
@@ -214,6 +216,7 @@ async def test_a_worker_is_drained_by_sigterm(cluster: Cluster, undisturbed: lis
     await heal(cluster, victim)
 
 
+@pytest.mark.chaos
 async def test_all_workers_are_restarted_one_after_the_other(cluster: Cluster, undisturbed: list[Stream]) -> None:
     async def keep_running() -> None:
         while True:
