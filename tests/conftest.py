@@ -22,7 +22,6 @@ from tests.support.models import tiny_model
 # is started first, so that no process is left with it alone at the end.
 GROUPS = {
     "the cluster": ("tests/chaos/", "tests/integration/test_end_to_end.py"),
-    "clusters of more ranks": ("tests/integration/test_meshes.py",),
     "commands": ("tests/integration/test_cli_up.py",),
     "ranks": (
         "tests/unit/dataplane/engine/test_mesh.py",

@@ -15,7 +15,7 @@ from tests.support.models import tiny_model
 from tests.support.streams import UNFINISHED, Stream, Wave, start_wave
 from tests.unit.dataplane.engine.reference import greedy
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
 
 STREAMS = 4
 TOKENS = 48

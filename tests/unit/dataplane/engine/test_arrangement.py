@@ -30,7 +30,7 @@ def seen(work: Arrangement) -> dict[int, list[tuple[int, int, int]]]:
     covered: dict[int, list[tuple[int, int, int]]] = {}
     for row, table, begin, end, *_ in work.items.tolist():
         covered.setdefault(row, []).append((table, begin, end))
-    for row, count, first, table in work.tiles.tolist():
+    for row, count, first, table, *_ in work.tiles.tolist():
         for query in range(count):
             covered.setdefault(row + query, []).append((table, 0, first + query + 1 if first >= 0 else 0))
     return {row: sorted(parts) for row, parts in covered.items()}

@@ -11,6 +11,7 @@ from tests.support.models import tiny_model
 from tests.support.ranks import RankPool
 from tests.unit.dataplane.engine.reference import greedy, mixed_prompts
 
+TOKENS = 8
 JOB = "tests.unit.dataplane.engine.jobs:answers"
 
 
@@ -36,11 +37,11 @@ def test_tokens_do_not_depend_on_the_mesh(
     rank_pool: RankPool, folder: Path, degrees: dict[str, int], families: list[str]
 ) -> None:
     """What each degree does to what is special in a family; tests/matrix has all of all."""
-    prompts = mixed_prompts(7)
+    prompts = mixed_prompts(5)
     ranks = prod(size for axis, size in degrees.items() if axis != "expert")
     paths = [tiny_model(folder, family) for family in families]
     named = [str(path) for path in paths]
-    told, *others = rank_pool.run(JOB, ranks, paths=named, prompts=prompts, degrees=degrees, count=12)
+    told, *others = rank_pool.run(JOB, ranks, paths=named, prompts=prompts, degrees=degrees, count=TOKENS)
     assert all(other == told for other in others)
     for path in paths:
-        assert told[str(path)] == [greedy(path, prompt, 12) for prompt in prompts], path.name
+        assert told[str(path)] == [greedy(path, prompt, TOKENS) for prompt in prompts], path.name
