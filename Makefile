@@ -1,6 +1,6 @@
 # make serve   install into .venv and serve the demo model on this machine
-# make test    install into .venv and run every test that needs no GPU
-# make chaos   more faults against a real cluster: gateways, all workers in turn, leader and etcd at once, ranks of one replica
+# make test    install into .venv and run the tests that need no GPU, but for those named below
+# make chaos   more real clusters and faults: gateways, all workers in turn, leader and etcd at once, ranks of one replica
 # make matrix  every model family on every mesh, and the demo model's own weights, against transformers
 PYTHON ?= python3
 VENV := .venv

@@ -9,14 +9,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.support.cluster import Cluster
-from tests.support.models import tiny_model
+if TYPE_CHECKING:
+    from tests.support.cluster import Cluster
+
 
 # What takes long to start is shared by these: one process runs all files of a group. What runs longest or waits most
 # is started first, so that no process is left with it alone at the end.
@@ -67,6 +69,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     """Two control planes, two workers of one rank, a real etcd, a small real model (PERDURE_TEST_MODEL: another)."""
+    # Here, for they import torch: the process that hands out tests would begin seconds later.
+    from tests.support.cluster import Cluster
+    from tests.support.models import tiny_model
+
     folder: Path = tmp_path_factory.mktemp("cluster")
     # large enough that a step takes some milliseconds, so that a kill meets streams in flight
     shape = {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 1024, "max_position_embeddings": 8192}

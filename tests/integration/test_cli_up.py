@@ -181,6 +181,7 @@ def test_serves_heals_and_leaves_nothing(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.chaos
 def test_one_command_a_host_makes_one_cluster(tmp_path: Path, model: Path) -> None:
     ports = [str(free_port()) for _ in range(3)]
     flags = [

@@ -57,15 +57,10 @@ def test_ranks_that_do_not_fit_the_degrees_are_refused(model: Path, monkeypatch:
         pass
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "launcher",
-    [
-        [sys.executable],
-        pytest.param(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-            marks=pytest.mark.matrix,
-        ),
-    ],
+    [[sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]],
     ids=["by itself", "torchrun"],
 )
 def test_a_script_spreads_its_prompts_over_replicas(model: Path, launcher: list[str]) -> None:
