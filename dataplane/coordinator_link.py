@@ -17,6 +17,7 @@ import structlog
 
 from controlplane.runtime.actor import Mailbox, MailboxFull
 from controlplane.runtime.backoff import Backoff
+from controlplane.runtime.calls import StreamEnded, write_frame
 from controlplane.runtime.clock import Clock
 from controlplane.runtime.codec import UnknownBody, WireError, codec_of
 from controlplane.runtime.ids import SessionId, Term
@@ -82,7 +83,7 @@ class _Link:
         while (body := await self._outbox.get()) is not None:
             self._sent += 1
             head = Head(term=self._term, session=self._session, seq=self._sent, ack=self._received)
-            await call.write(ATTACH_UP.encode(body, head))
+            await write_frame(call, ATTACH_UP.encode(body, head))
         raise LinkEnded("left")
 
 
@@ -185,7 +186,7 @@ class CoordinatorLink:
                     call.cancel()
         except TimeoutError:
             return "no answer in time"
-        except (LinkEnded, WireError) as error:
+        except (LinkEnded, StreamEnded, WireError) as error:
             return str(error)
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {error.details()}"

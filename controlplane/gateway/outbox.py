@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Any, Generic, TypeVar
-
-import grpc.aio
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -46,26 +44,3 @@ class Outbox(Generic[T]):
         self._items.clear()
         self._taken = True
         return items
-
-
-class StreamEnded(Exception):
-    """The peer ended the stream, or it broke; the text says what gRPC says."""
-
-
-async def read_frame(call: Any) -> Any:
-    """The next frame. Raises StreamEnded."""
-    try:
-        frame = await call.read()
-    except grpc.aio.AioRpcError as error:
-        raise StreamEnded(f"{error.code().name}: {error.details()}") from error
-    if frame is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
-        raise StreamEnded("the peer ended the stream")
-    return frame
-
-
-async def write_frame(call: Any, frame: Any) -> None:
-    """Write one frame. Raises StreamEnded."""
-    try:
-        await call.write(frame)
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-        raise StreamEnded(f"write failed: {type(error).__name__}") from error

@@ -12,9 +12,10 @@ import structlog
 
 from controlplane.gateway.leader_link import GatewayIdentity, LeaderSource
 from controlplane.gateway.messages import WorkerKey
-from controlplane.gateway.outbox import Outbox, StreamEnded, read_frame, write_frame
+from controlplane.gateway.outbox import Outbox
 from controlplane.gateway.silence import Silence
 from controlplane.runtime.backoff import Backoff
+from controlplane.runtime.calls import StreamEnded, read_frame, write_frame
 from controlplane.runtime.clock import Clock
 from controlplane.runtime.codec import UnknownBody, WireError
 from controlplane.runtime.messages.common import Reason, ReasonKind

@@ -1,0 +1,38 @@
+"""Frames in and out of a streaming gRPC call, as a client: however it ends, one exception says so."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+
+
+class StreamEnded(Exception):
+    """The peer ended the stream, or it broke; the text says what gRPC says."""
+
+
+async def read_frame(call: Any) -> Any:
+    """The next frame. Raises StreamEnded."""
+    try:
+        frame = await call.read()
+    except grpc.aio.AioRpcError as error:
+        raise StreamEnded(_words(error)) from error
+    if frame is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
+        raise StreamEnded("the peer ended the stream")
+    return frame
+
+
+async def write_frame(call: Any, frame: Any) -> None:
+    """Write one frame. Raises StreamEnded."""
+    try:
+        await call.write(frame)
+    except grpc.aio.AioRpcError as error:
+        raise StreamEnded(_words(error)) from error
+    except asyncio.InvalidStateError as error:
+        # What is written to a call that ended in the meantime, and that nobody has read the end of.
+        raise StreamEnded(f"{(await call.code()).name}: {await call.details()}") from error
+
+
+def _words(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
