@@ -261,7 +261,8 @@ def _judge_stage(state: ClusterState, replica: Replica, passed_s: float) -> None
 def _judge_progress(state: ClusterState, replica: Replica, passed_s: float) -> None:
     """Only while its heartbeats come: a silent node is judged by its silence."""
     driver = state.driver(replica)
-    heard = driver is not None and driver.silence_s <= state.timings.heartbeat_interval
+    # This tick counts as silence too, and the next heartbeat may come just after it.
+    heard = driver is not None and driver.silence_s <= passed_s + state.timings.heartbeat_interval
     if driver is None or not heard or not replica.load.busy:
         return
     replica.stalled_s += passed_s
