@@ -30,8 +30,8 @@ async def write_frame(call: Any, frame: Any) -> None:
     except grpc.aio.AioRpcError as error:
         raise StreamEnded(_words(error)) from error
     except asyncio.InvalidStateError as error:
-        # What is written to a call that ended in the meantime, and that nobody has read the end of.
-        raise StreamEnded(f"{(await call.code()).name}: {await call.details()}") from error
+        # The call is over, and its reader will hear why.
+        raise StreamEnded("ended before all was written") from error
 
 
 def _words(error: grpc.aio.AioRpcError) -> str:

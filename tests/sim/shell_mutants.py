@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import controlplane.runtime.actor
+import dataplane.coordinator_link
 from controlplane.runtime.actor import Mailbox, MailboxFull, TaskReturned
 from controlplane.runtime.wire import SERVE_DOWN
 from dataplane.gateway_link import GatewayStream
@@ -79,10 +80,20 @@ def senders_outlive_the_reader(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Mailbox, "close", lambda self: None)
 
 
+def late_write_unforeseen(patch: pytest.MonkeyPatch) -> None:
+    """What is written to a call that has just ended fails in a way that the link does not know: its daemon ends."""
+
+    async def write_frame(call: Any, frame: Any) -> None:
+        await call.write(frame)
+
+    patch.setattr(dataplane.coordinator_link, "write_frame", write_frame)
+
+
 SHELL_MUTANTS = (
     ShellMutant("room tells nobody", room_tells_nobody, 18, "lost wake-up"),
     ShellMutant("a wake-up is cleared too late", wake_up_cleared_too_late, 1, "lost wake-up"),
     ShellMutant("a cancellation is swallowed", cancellation_swallowed, 0, "still runs"),
     ShellMutant("a full mailbox drops", full_mailbox_drops, 4, ""),
     ShellMutant("senders outlive the reader", senders_outlive_the_reader, 18, "requests are open"),
+    ShellMutant("a late write is unforeseen", late_write_unforeseen, 10, "the call has ended"),
 )

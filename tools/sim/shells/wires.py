@@ -20,6 +20,8 @@ DELAY_S = (0.0001, 0.002)
 PING_TIMEOUT_S = 1.5
 """A connection that carries nothing for so long is broken at both ends."""
 REFUSED_S = 0.0005
+TOLD_S = 0.001
+"""How long a call has been over before its reader is told: until then writes fail with another error."""
 NOTICED_S = 0.02
 """How soon a channel that nothing is sent on says that its peer is gone."""
 
@@ -50,7 +52,7 @@ class Call:
 
     def _connect(self, tries: int) -> None:
         wires = self._wires
-        if self.down.broken is not None:
+        if self.up.broken is not None:
             return
         server = wires.servers.get(self.address)
         if not self.life.alive:
@@ -68,8 +70,8 @@ class Call:
 
     async def wait_for_connection(self) -> None:
         await self._connected.wait()
-        if self.down.broken is not None:
-            raise self.down.broken
+        if self.up.broken is not None:
+            raise self.up.broken
 
     async def write(self, frame: Any) -> None:
         await self._connected.wait()
@@ -91,11 +93,14 @@ class Call:
         return True
 
     def end(self, error: BaseException) -> None:
-        """The call breaks with `error`; the handler hears of it a moment later."""
-        if self.down.broken is not None:
+        """The call breaks with `error`. Whoever writes hears of it first, the reader a moment later, as the handler."""
+        if self.up.broken is not None:
             return
-        self.down.snap(error)
         self.up.snap(error)
+        if isinstance(error, asyncio.CancelledError):
+            self.down.snap(error)
+        else:
+            self._wires.kernel.after(TOLD_S, self.down.snap, error)
         self._connected.set()
         self._wires.calls.pop(self, None)
         if self.handler is not None:
@@ -131,7 +136,7 @@ class Channel:
     def stream_stream(self, path: str, request_serializer: Any, response_deserializer: Any, **_: Any) -> Any:
         def begin(requests: Iterable[Any] = (), metadata: Any = None, timeout: float | None = None) -> Call:
             call = Call(self._wires, self._address, path, (request_serializer, response_deserializer), timeout)
-            self._calls = [other for other in self._calls if other.down.broken is None]
+            self._calls = [other for other in self._calls if other.up.broken is None]
             self._calls.append(call)
             for request in requests:
                 call.up.push(request_serializer(request))
