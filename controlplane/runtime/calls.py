@@ -7,6 +7,8 @@ from typing import Any
 
 import grpc.aio
 
+_EOF: object = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
 
 class StreamEnded(Exception):
     """The peer ended the stream, or it broke; the text says what gRPC says."""
@@ -18,7 +20,7 @@ async def read_frame(call: Any) -> Any:
         frame = await call.read()
     except grpc.aio.AioRpcError as error:
         raise StreamEnded(_words(error)) from error
-    if frame is grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
+    if frame is _EOF:
         raise StreamEnded("the peer ended the stream")
     return frame
 
