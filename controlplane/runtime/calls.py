@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 
-_EOF: object = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+_EOF = cast("object", getattr(grpc.aio, "EOF"))  # noqa: B009 - the stubs do not know it
 
 
 class StreamEnded(Exception):
