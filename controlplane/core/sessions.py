@@ -40,6 +40,7 @@ from controlplane.runtime.messages.session import (
     LoadProgress,
     RankState,
     SessionRefused,
+    WeightsState,
     WorkerHello,
     WorkerSnapshot,
 )
@@ -141,7 +142,7 @@ def _worker_frame(state: ClusterState, node: Node, head: Head, body: AttachUp) -
             drains.drained(state, node)
         case Leaving():
             drains.leaving(state, node, body)
-        case WorkerHello() | WorkerSnapshot() | Fenced():
+        case WorkerHello() | WorkerSnapshot() | Fenced() | WeightsState():
             pass
         case _:
             assert_never(body)

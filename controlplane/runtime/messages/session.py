@@ -12,6 +12,7 @@ from enum import IntEnum
 from controlplane.runtime.ids import (
     Attempt,
     ClusterId,
+    DeploymentId,
     Epoch,
     GatewayId,
     Incarnation,
@@ -25,6 +26,7 @@ from controlplane.runtime.messages.common import (
     Capacity,
     Device,
     Member,
+    ParallelDegrees,
     Permit,
     RankPhase,
     Reason,
@@ -88,6 +90,30 @@ class RankInfo:
     rank: int = 0
     # Fingerprint of the weights shard the process holds; empty: none.
     weights: str = ""
+    held: HeldWeights | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldWeights:
+    """A rank's shard of a model's weights on a device."""
+
+    deployment: DeploymentId
+    degrees: ParallelDegrees
+    rank: int
+    # Changes when the files, the dtype or the shard change.
+    fingerprint: str
+    # host:port at which other ranks may copy it; empty: nowhere.
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsState:
+    """What a device's rank process holds has changed, or a preload failed (then with its reason)."""
+
+    device: str
+    pid: int
+    held: HeldWeights | None = None
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +296,31 @@ class LoadReplica:
     replica: ReplicaId
     epoch: Epoch
     deadline_ms: int
+    # Living ranks that hold weights of the same model, to copy from where that is faster than reading files.
+    sources: tuple[WeightSource, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSource:
+    """Weights in a living rank: of rank `rank` of a replica of `degrees`, to be had at `address` (host:port)."""
+
+    degrees: ParallelDegrees
+    rank: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreloadWeights:
+    """Keep a shard ready on a free device (a spare), so that a replica placed there later has nothing to load.
+
+    Answered by WeightsState. A Prepare for the device ends it.
+    """
+
+    device: str
+    # The shard: this rank of a replica of `spec`.
+    rank: int
+    spec: ReplicaSpec
+    sources: tuple[WeightSource, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,6 +379,7 @@ AttachUp = (
     | Drained
     | Leaving
     | Fenced
+    | WeightsState
 )
 
 
@@ -344,4 +396,5 @@ AttachDown = (
     | UndrainNode
     | Relet
     | TakeCheckpoint
+    | PreloadWeights
 )

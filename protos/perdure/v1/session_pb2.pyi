@@ -41,7 +41,7 @@ GROUP_PHASE_ABORTED: GroupPhase
 GROUP_PHASE_RELEASED: GroupPhase
 
 class AttachRequest(_message.Message):
-    __slots__ = ("head", "hello", "snapshot", "heartbeat", "rank_state", "group_state", "load_progress", "assign_lapsed", "drained", "leaving", "fenced")
+    __slots__ = ("head", "hello", "snapshot", "heartbeat", "rank_state", "group_state", "load_progress", "assign_lapsed", "drained", "leaving", "fenced", "weights_state")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class AttachRequest(_message.Message):
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     FENCED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_STATE_FIELD_NUMBER: _ClassVar[int]
     head: _common_pb2.Head
     hello: WorkerHello
     snapshot: WorkerSnapshot
@@ -64,7 +65,8 @@ class AttachRequest(_message.Message):
     drained: Drained
     leaving: Leaving
     fenced: Fenced
-    def __init__(self, head: _Optional[_Union[_common_pb2.Head, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., snapshot: _Optional[_Union[WorkerSnapshot, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., rank_state: _Optional[_Union[RankState, _Mapping]] = ..., group_state: _Optional[_Union[GroupState, _Mapping]] = ..., load_progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., assign_lapsed: _Optional[_Union[AssignLapsed, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ...) -> None: ...
+    weights_state: WeightsState
+    def __init__(self, head: _Optional[_Union[_common_pb2.Head, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., snapshot: _Optional[_Union[WorkerSnapshot, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., rank_state: _Optional[_Union[RankState, _Mapping]] = ..., group_state: _Optional[_Union[GroupState, _Mapping]] = ..., load_progress: _Optional[_Union[LoadProgress, _Mapping]] = ..., assign_lapsed: _Optional[_Union[AssignLapsed, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., weights_state: _Optional[_Union[WeightsState, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("cluster", "node", "incarnation", "serve_address", "boot_id", "highest_term_seen", "lease_id", "devices", "host", "pid", "versions")
@@ -114,7 +116,7 @@ class WorkerSnapshot(_message.Message):
     def __init__(self, ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ..., sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ..., last: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class RankInfo(_message.Message):
-    __slots__ = ("device", "pid", "phase", "replica", "epoch", "rank", "weights")
+    __slots__ = ("device", "pid", "phase", "replica", "epoch", "rank", "weights", "held")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +124,7 @@ class RankInfo(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     device: str
     pid: int
     phase: _common_pb2.RankPhase
@@ -129,7 +132,34 @@ class RankInfo(_message.Message):
     epoch: int
     rank: int
     weights: str
-    def __init__(self, device: _Optional[str] = ..., pid: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.RankPhase, str]] = ..., replica: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., weights: _Optional[str] = ...) -> None: ...
+    held: HeldWeights
+    def __init__(self, device: _Optional[str] = ..., pid: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.RankPhase, str]] = ..., replica: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., weights: _Optional[str] = ..., held: _Optional[_Union[HeldWeights, _Mapping]] = ...) -> None: ...
+
+class HeldWeights(_message.Message):
+    __slots__ = ("deployment", "degrees", "rank", "fingerprint", "address")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    DEGREES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    degrees: _common_pb2.ParallelDegrees
+    rank: int
+    fingerprint: str
+    address: str
+    def __init__(self, deployment: _Optional[str] = ..., degrees: _Optional[_Union[_common_pb2.ParallelDegrees, _Mapping]] = ..., rank: _Optional[int] = ..., fingerprint: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class WeightsState(_message.Message):
+    __slots__ = ("device", "pid", "held", "reason")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    pid: int
+    held: HeldWeights
+    reason: _common_pb2.Reason
+    def __init__(self, device: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[_Union[HeldWeights, _Mapping]] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ...) -> None: ...
 
 class ReplicaInfo(_message.Message):
     __slots__ = ("replica", "epoch", "phase", "capacity")
@@ -304,7 +334,7 @@ class Fenced(_message.Message):
     def __init__(self, frame: _Optional[str] = ..., seen_term: _Optional[int] = ..., seen_epoch: _Optional[int] = ..., highest_term: _Optional[int] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("head", "welcome", "refused", "assign", "prepare", "form", "load", "abort", "release", "drain", "undrain", "relet", "checkpoint")
+    __slots__ = ("head", "welcome", "refused", "assign", "prepare", "form", "load", "abort", "release", "drain", "undrain", "relet", "checkpoint", "preload")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +348,7 @@ class AttachResponse(_message.Message):
     UNDRAIN_FIELD_NUMBER: _ClassVar[int]
     RELET_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PRELOAD_FIELD_NUMBER: _ClassVar[int]
     head: _common_pb2.Head
     welcome: WorkerWelcome
     refused: SessionRefused
@@ -331,7 +362,8 @@ class AttachResponse(_message.Message):
     undrain: UndrainNode
     relet: Relet
     checkpoint: TakeCheckpoint
-    def __init__(self, head: _Optional[_Union[_common_pb2.Head, _Mapping]] = ..., welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., refused: _Optional[_Union[SessionRefused, _Mapping]] = ..., assign: _Optional[_Union[AssignBatch, _Mapping]] = ..., prepare: _Optional[_Union[PrepareGroup, _Mapping]] = ..., form: _Optional[_Union[FormGroup, _Mapping]] = ..., load: _Optional[_Union[LoadReplica, _Mapping]] = ..., abort: _Optional[_Union[AbortGroup, _Mapping]] = ..., release: _Optional[_Union[ReleaseReplica, _Mapping]] = ..., drain: _Optional[_Union[DrainNode, _Mapping]] = ..., undrain: _Optional[_Union[UndrainNode, _Mapping]] = ..., relet: _Optional[_Union[Relet, _Mapping]] = ..., checkpoint: _Optional[_Union[TakeCheckpoint, _Mapping]] = ...) -> None: ...
+    preload: PreloadWeights
+    def __init__(self, head: _Optional[_Union[_common_pb2.Head, _Mapping]] = ..., welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., refused: _Optional[_Union[SessionRefused, _Mapping]] = ..., assign: _Optional[_Union[AssignBatch, _Mapping]] = ..., prepare: _Optional[_Union[PrepareGroup, _Mapping]] = ..., form: _Optional[_Union[FormGroup, _Mapping]] = ..., load: _Optional[_Union[LoadReplica, _Mapping]] = ..., abort: _Optional[_Union[AbortGroup, _Mapping]] = ..., release: _Optional[_Union[ReleaseReplica, _Mapping]] = ..., drain: _Optional[_Union[DrainNode, _Mapping]] = ..., undrain: _Optional[_Union[UndrainNode, _Mapping]] = ..., relet: _Optional[_Union[Relet, _Mapping]] = ..., checkpoint: _Optional[_Union[TakeCheckpoint, _Mapping]] = ..., preload: _Optional[_Union[PreloadWeights, _Mapping]] = ...) -> None: ...
 
 class WorkerWelcome(_message.Message):
     __slots__ = ("term", "session", "timing")
@@ -388,14 +420,38 @@ class FormGroup(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., rendezvous: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class LoadReplica(_message.Message):
-    __slots__ = ("replica", "epoch", "deadline_ms")
+    __slots__ = ("replica", "epoch", "deadline_ms", "sources")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     replica: str
     epoch: int
     deadline_ms: int
-    def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    sources: _containers.RepeatedCompositeFieldContainer[WeightSource]
+    def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[WeightSource, _Mapping]]] = ...) -> None: ...
+
+class WeightSource(_message.Message):
+    __slots__ = ("degrees", "rank", "address")
+    DEGREES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    degrees: _common_pb2.ParallelDegrees
+    rank: int
+    address: str
+    def __init__(self, degrees: _Optional[_Union[_common_pb2.ParallelDegrees, _Mapping]] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+
+class PreloadWeights(_message.Message):
+    __slots__ = ("device", "rank", "spec", "sources")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    rank: int
+    spec: _common_pb2.ReplicaSpec
+    sources: _containers.RepeatedCompositeFieldContainer[WeightSource]
+    def __init__(self, device: _Optional[str] = ..., rank: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., sources: _Optional[_Iterable[_Union[WeightSource, _Mapping]]] = ...) -> None: ...
 
 class AbortGroup(_message.Message):
     __slots__ = ("replica", "epoch", "reason")
