@@ -197,6 +197,25 @@ class LoadReport(Frame, frozen=True, tag=True):
     admitted: tuple[AdmittedSequence, ...]
 
 
+class GroupCost(msgspec.Struct, frozen=True, array_like=True):
+    """What one kind of exchange has cost a rank in one of its groups."""
+
+    # "control", "tensor", "pipeline", …, and the exchange: "all_reduce", "send", ….
+    group: str
+    kind: str
+    calls: int
+    bytes: int
+    # Waiting for peers included; waiting for the next step's plan is not.
+    seconds: float
+
+
+class GroupCosts(Frame, frozen=True, tag=True):
+    """What exchanges have cost since the last such frame, about once a second while the rank works."""
+
+    epoch: Epoch
+    costs: tuple[GroupCost, ...]
+
+
 class Aborted(Frame, frozen=True, tag=True):
     epoch: Epoch
 
@@ -210,7 +229,19 @@ class Failed(Frame, frozen=True, tag=True):
     reason: Reason
 
 
-RankFrame = Hello | Prepared | Formed | LoadProgress | Loaded | StepBegun | StepDone | LoadReport | Aborted | Failed
+RankFrame = (
+    Hello
+    | Prepared
+    | Formed
+    | LoadProgress
+    | Loaded
+    | StepBegun
+    | StepDone
+    | LoadReport
+    | GroupCosts
+    | Aborted
+    | Failed
+)
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from controlplane.runtime.messages.common import RankPhase
-from dataplane.core.state import WorkerState
+from dataplane.core.state import ExchangeCost, WorkerState
 
 
 class WorkerMetrics:
@@ -33,7 +34,17 @@ class WorkerMetrics:
             "perdure_worker_session_live", "1 with a live leader session.", ["node"], registry=registry
         )
         self._lag = Gauge("perdure_worker_loop_lag_seconds", "How late the loop ran.", ["node"], registry=registry)
+        labels = ["node", "device", "group", "exchange"]
+        self._exchanges = Counter("perdure_rank_exchanges", "Exchanges between ranks.", labels, registry=registry)
+        self._exchanged = Counter("perdure_rank_exchange_bytes", "Bytes given into them.", labels, registry=registry)
+        self._exchanging = Counter(
+            "perdure_rank_exchange_seconds",
+            "Time in them, waiting for peers included, waiting for work not.",
+            labels,
+            registry=registry,
+        )
         self._fenced_seen: Tally[str] = Tally()
+        self._costs_seen: dict[tuple[str, str, str], ExchangeCost] = {}
 
     def serve(self, host: str, port: int) -> None:
         """Answer on http://host:port/metrics. Raises OSError."""
@@ -59,3 +70,12 @@ class WorkerMetrics:
         self._term.labels(self._node).set(state.highest_term)
         self._session.labels(self._node).set(state.leader is not None and state.leader.session is not None)
         self._lag.labels(self._node).set(state.loop_lag)
+        for key, cost in state.exchanges.items():
+            self._count_exchanges(key, cost)
+
+    def _count_exchanges(self, key: tuple[str, str, str], cost: ExchangeCost) -> None:
+        seen = self._costs_seen.get(key, ExchangeCost())
+        self._costs_seen[key] = replace(cost)
+        self._exchanges.labels(self._node, *key).inc(cost.calls - seen.calls)
+        self._exchanged.labels(self._node, *key).inc(cost.bytes - seen.bytes)
+        self._exchanging.labels(self._node, *key).inc(cost.seconds - seen.seconds)

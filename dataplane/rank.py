@@ -34,6 +34,7 @@ from dataplane.frames import (
     Failed,
     Form,
     Formed,
+    GroupCosts,
     Hello,
     Load,
     Loaded,
@@ -44,6 +45,7 @@ from dataplane.frames import (
 )
 from dataplane.models.fit import FittedModel, fingerprint, load_model
 from dataplane.parallel.collectives import all_gather_data
+from dataplane.parallel.costs import CostLedger
 from dataplane.parallel.mesh import Formation, Mesh, Rendezvous, form_mesh
 from dataplane.progress import ProgressPage
 
@@ -83,6 +85,7 @@ class Rank:
         self._held: Held | None = None
         self._serving: Engine | Follower | None = None
         self._watch: AbortWatch | None = None
+        self._costs: CostLedger | None = None
         self._report_due = 0.0
         self._report_stale = False
 
@@ -110,7 +113,7 @@ class Rank:
         engine = self._serving
         if isinstance(engine, Follower):
             # Until the driver's next plan, or the epoch's end: the watch on the abort word wakes it.
-            self._attempt("step", engine.run)
+            self._attempt("step", lambda: engine.run(self._report_costs))
         elif engine is not None:
             if engine.has_work:
                 self._attempt("step", lambda: self._step(engine))
@@ -120,6 +123,7 @@ class Rank:
         done = engine.step(self._link.send)
         if done is not None:
             self._link.send(done)
+            self._report_costs()
             self._report_stale = True
 
     def _report(self) -> None:
@@ -127,6 +131,11 @@ class Rank:
             self._link.send(self._serving.load_report())
             self._report_due = time.monotonic() + REPORT_INTERVAL_S
             self._report_stale = False
+
+    def _report_costs(self) -> None:
+        costs = self._costs.take(time.monotonic()) if self._costs is not None else ()
+        if costs:
+            self._link.send(GroupCosts(self._expect_prepared().epoch, costs))
 
     def _obey(self, frame: DaemonFrame) -> None:
         match frame:
@@ -192,6 +201,7 @@ class Rank:
                 _formation(prepared, self._device), prepared.rank, self._device, rendezvous, deadline, self._page
             )
             self._watch = AbortWatch(self._mesh, self._page, prepared.epoch)
+            self._costs = CostLedger(self._mesh)
         self._link.send(Formed(prepared.epoch))
 
     def _load(self) -> None:
@@ -251,7 +261,7 @@ class Rank:
         if self._mesh is not None:
             self._mesh.abort()
             self._mesh.close()
-        self._watch = None
+        self._watch = self._costs = None
         self._serving = self._mesh = self._rendezvous = self._prepared = None
         self._report_stale = False
 

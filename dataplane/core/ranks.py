@@ -158,6 +158,8 @@ def _obey(turn: Turn, rank: Rank, frame: frames.RankFrame) -> None:
             step_begun(replica, frame)
         case frames.LoadReport():
             load_report(turn, replica, frame)
+        case frames.GroupCosts():
+            turn.state.count_exchanges(rank.device, frame.costs)
         case frames.LoadProgress():
             _load_progress(turn, replica, rank, frame)
         case frames.Failed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from controlplane.runtime.ids import (
@@ -261,6 +262,15 @@ class Reservation:
 
 
 @dataclass(slots=True)
+class ExchangeCost:
+    """What a rank's exchanges of one kind in one group have cost since the daemon began."""
+
+    calls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class WorkerState:
     identity: Identity
     timings: Timings
@@ -296,6 +306,18 @@ class WorkerState:
     heartbeat_due: bool = False
     # Frames refused for their term, epoch or attempt, by kind.
     fenced: Counter[str] = field(default_factory=Counter[str])
+    # What exchanges between ranks have cost, by device, group and kind.
+    exchanges: dict[tuple[DeviceId, str, str], ExchangeCost] = field(
+        default_factory=dict[tuple[DeviceId, str, str], ExchangeCost]
+    )
+
+    def count_exchanges(self, device: DeviceId, costs: Iterable[frames.GroupCost]) -> None:
+        """Add what a rank tells of its exchanges."""
+        for cost in costs:
+            total = self.exchanges.setdefault((device, cost.group, cost.kind), ExchangeCost())
+            total.calls += cost.calls
+            total.bytes += cost.bytes
+            total.seconds += cost.seconds
 
     def check(self) -> None:
         """Assert every invariant. For tests, after each step."""

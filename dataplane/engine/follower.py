@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from controlplane.runtime.ids import Epoch
@@ -56,10 +58,10 @@ class Follower:
         self._mark(0)
         return True
 
-    def run(self) -> None:
+    def run(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Follow until the driver closes its engine."""
         while self.step():
-            pass
+            after_step()
 
     def _mark(self, step: int) -> None:
         if self._page is not None:

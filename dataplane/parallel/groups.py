@@ -154,7 +154,7 @@ class Group:
         if self._alone(x):
             return x
         assert x.is_contiguous()
-        with self._exchange("broadcast", x) as transport:
+        with self._exchange("broadcast", x, idle=patient) as transport:
             if transport.board is not None and fits(x):
                 transport.board.broadcast(x, source, None if patient else self._deadline(timeout_s))
                 return x
@@ -220,7 +220,8 @@ class Group:
         return time.monotonic() + (timeout_s or self.transport.timeout_s)
 
     @contextmanager
-    def _exchange(self, kind: str, x: Tensor) -> Iterator[Transport]:
+    def _exchange(self, kind: str, x: Tensor, idle: bool = False) -> Iterator[Transport]:
+        """`idle`: what it takes is waiting for work, and no cost."""
         number = self.pulse.enter()
         transport = self.transport
         if transport is None or self._aborted.is_set():
@@ -236,7 +237,7 @@ class Group:
         cost = self.costs.setdefault(kind, Cost())
         cost.calls += 1
         cost.bytes += x.numel() * x.element_size()
-        cost.seconds += time.perf_counter() - begun
+        cost.seconds += 0.0 if idle else time.perf_counter() - begun
         self.pulse.leave()
 
     def lost(self, number: int, text: str) -> PeerLost:

@@ -29,6 +29,8 @@ from dataplane.frames import (
     Finished,
     Form,
     Formed,
+    GroupCost,
+    GroupCosts,
     Hello,
     Load,
     Loaded,
@@ -85,11 +87,19 @@ class Daemon:
         self._epoch = 0
         self._next_sequence = 0
         self._last = -1
+        self.costs: list[GroupCost] = []
 
     def send(self, frame: DaemonFrame) -> None:
         self.socket.sendall(encode(frame))
 
     def read(self) -> RankFrame:
+        """The next frame; costs of exchanges, which come by the clock, are put aside."""
+        while isinstance(frame := self._read(), GroupCosts):
+            assert frame.epoch == self._epoch
+            self.costs += frame.costs
+        return frame
+
+    def _read(self) -> RankFrame:
         length = int.from_bytes(self._stream.read(LENGTH_BYTES), "little")
         return decode_rank_frame(self._stream.read(length))
 
@@ -363,6 +373,9 @@ def test_two_ranks_serve_as_one_and_again_after_an_abort(
         assert tokens == expected
         process.leave()
         second.leave()
+    for daemon in (process, second):
+        assert {"control", axis} <= {cost.group for cost in daemon.costs}
+        assert all(cost.calls > 0 and cost.seconds >= 0 for cost in daemon.costs)
 
 
 def test_rank_leaves_when_its_daemon_is_gone(second: Daemon) -> None:
