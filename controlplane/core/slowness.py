@@ -10,7 +10,7 @@ from controlplane.core.entities import SERVING_PHASES, Replica
 from controlplane.core.prediction import lone_step_s
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import DeploymentId
-from controlplane.runtime.messages.common import Reason, ReasonKind
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
 
 SLOW = 3.0
 """Times the typical step of its equals; noise stays well below, and the scheduler's own correction too."""
@@ -21,10 +21,10 @@ EQUALS_MIN = 3
 
 def tick(state: ClusterState, passed_s: float) -> None:
     """Count how long each replica has been slow; tell when that lasts, and when it is over."""
-    at_work: dict[DeploymentId, list[Replica]] = {}
+    at_work: dict[tuple[DeploymentId, ReplicaSpec | None], list[Replica]] = {}
     for replica in state.replicas.values():
         if replica.phase in SERVING_PHASES and replica.load.busy and replica.capacity is not None:
-            at_work.setdefault(replica.deployment, []).append(replica)
+            at_work.setdefault((replica.deployment, replica.spec), []).append(replica)
     for equals in at_work.values():
         if len(equals) >= EQUALS_MIN:
             _compare(state, equals, passed_s)
