@@ -6,26 +6,28 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import replace
+from itertools import count, islice
 
-from controlplane.core.entities import Deployment, LeaderPhase, Node, NodePhase, Replica
+from controlplane.core.degrees import named
+from controlplane.core.devices import free_nodes, may_place, siblings
+from controlplane.core.elastic import ELASTIC, choices, is_shrunk, may_grow
+from controlplane.core.entities import Deployment, Replica
 from controlplane.core.groups import note_epoch, place
 from controlplane.core.messages import AdminAnswered, ApplyAsked, AskId, ScaleAsked, WriteDeployment, WriteDone
-from controlplane.core.placement import FreeDevice, FreeNode, Wanted, plan
+from controlplane.core.placement import Wanted, plan
 from controlplane.core.recovery import bury, pardon, retire, settle_drains, start_drain
 from controlplane.core.scheduler import drop_queue
 from controlplane.core.state import ClusterState
-from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId
-from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind, ReplicaPhase, ReplicaSpec
+from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import RouteCode
 from controlplane.runtime.records import DeploymentRecord, PlacementRecord
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 NAME_LENGTH_MAX = 63
 
-STRATEGIES = ("checkpoint_restart", "elastic_scaling")
+STRATEGIES = ("checkpoint_restart", ELASTIC)
 
 
 # ---------------------------------------------------------------- what is desired
@@ -169,8 +171,10 @@ def reconcile(state: ClusterState) -> None:
 def _settle(state: ClusterState, deployment: Deployment) -> None:
     """Make the deployment's replicas those that are wanted. To be done again when it or one of them changes."""
     deployment.settled = True
+    _let_stand_in_stay(state, deployment)
     _add_missing(state, deployment)
     _retire_surplus(state, deployment)
+    _grow(state, deployment)
     leaving = any(
         replica.retiring or replica.phase is ReplicaPhase.DRAINING for replica in deployment.replicas.values()
     )
@@ -180,72 +184,109 @@ def _settle(state: ClusterState, deployment: Deployment) -> None:
         del state.deployments[deployment.record.deployment]
 
 
-def may_place(state: ClusterState) -> bool:
-    """Devices are known well enough: after grace, or once every node in etcd has told what it holds."""
-    if state.phase is LeaderPhase.REBUILDING:
-        return not any(
-            node.phase is NodePhase.KNOWN or (node.link is not None and not node.known) for node in state.nodes.values()
-        )
-    return state.phase is LeaderPhase.LEADING
+def _staying(deployment: Deployment) -> list[Replica]:
+    """The replicas that are to be, by number: first as many as are desired, then one that stands in. One that goes
+    keeps its place among them until it is gone, so that its successor has its name."""
+    desired = _desired(deployment)
+    return sorted(
+        (one for one in deployment.replicas.values() if not one.retiring or one.index < desired),
+        key=lambda replica: replica.index,
+    )
+
+
+def _desired(deployment: Deployment) -> int:
+    return 0 if deployment.removed else deployment.record.replicas
+
+
+def _stand_in(deployment: Deployment) -> Replica | None:
+    """One more than desired, while another leaves in order or is to be replaced."""
+    staying = _staying(deployment)[_desired(deployment) :]
+    return staying[0] if staying else None
 
 
 def _target(state: ClusterState, deployment: Deployment) -> int:
     """Replicas that there are to be now: as many as desired, and one more while one of them leaves in order or is to be
     replaced, if that has a place; it goes once all the others serve. So that a planned change takes nobody's last
     replica before another serves."""
-    wanted = 0 if deployment.removed else deployment.record.replicas
-    own = [deployment.replicas.get(index) for index in range(wanted)]
-    if all(replica is not None and _is_settled(deployment, replica) for replica in own):
-        return wanted
-    extra = deployment.replicas.get(wanted)
-    if extra is not None and not extra.retiring:
-        return wanted + 1
-    placed = [replica for replica in own if replica is not None and replica.holds_devices]
-    leaving = any(_leaves(deployment, replica) for replica in placed) and len(placed) == wanted
-    return wanted + (leaving and extra is None and may_place(state) and _fits(state, deployment))
+    desired = _desired(deployment)
+    own = _staying(deployment)[:desired]
+    if len(own) == desired and all(_is_settled(state, deployment, replica) for replica in own):
+        return desired
+    if _stand_in(deployment) is not None:
+        return desired + 1
+    placed = [replica for replica in own if replica.holds_devices]
+    leaving = any(_leaves(state, deployment, replica) for replica in placed) and len(placed) == desired
+    undisturbed = not any(replica.retiring for replica in deployment.replicas.values())
+    return desired + (leaving and undisturbed and may_place(state) and _fits(state, deployment))
 
 
-def _is_settled(deployment: Deployment, replica: Replica) -> bool:
-    return replica.phase is ReplicaPhase.READY and replica.spec == deployment.record.spec
+def _let_stand_in_stay(state: ClusterState, deployment: Deployment) -> None:
+    """One that has had no place for long goes for the one that serves instead: should it come back, all that runs there
+    would move once more, for nothing."""
+    stand_in = _stand_in(deployment)
+    if stand_in is None or stand_in.phase is not ReplicaPhase.READY or stand_in.spec != deployment.record.spec:
+        return
+    for replica in _staying(deployment)[: _desired(deployment)]:
+        if replica.phase is ReplicaPhase.HELD and replica.homeless_s >= state.timings.node_return:
+            text = f"{stand_in.replica} has served in its place for {state.timings.node_return:g} s"
+            retire(state, replica, Reason(kind=ReasonKind.REPLACED, text=text))
+            return
 
 
-def _leaves(deployment: Deployment, replica: Replica) -> bool:
-    outdated = replica.phase is ReplicaPhase.READY and replica.spec != deployment.record.spec
-    return outdated or (replica.phase is ReplicaPhase.DRAINING and not replica.retiring)
+def _is_settled(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
+    return replica.phase is ReplicaPhase.READY and not _leaves(state, deployment, replica)
+
+
+def _leaves(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
+    """It serves, but is to be replaced, or drains to have its place back later."""
+    if replica.phase is ReplicaPhase.READY:
+        return _is_outdated(deployment, replica) or _is_outgrown(state, deployment, replica)
+    return replica.phase is ReplicaPhase.DRAINING and not replica.retiring
+
+
+def _is_outdated(deployment: Deployment, replica: Replica) -> bool:
+    return replica.spec != deployment.record.spec and not is_shrunk(deployment.record, replica)
+
+
+def _is_outgrown(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
+    """It is shrunk, and its full size has a place, or has one already in the replica that stands in for it."""
+    if not is_shrunk(deployment.record, replica):
+        return False
+    stand_in = _stand_in(deployment)
+    if stand_in is not None and stand_in.holds_devices and stand_in.spec == deployment.record.spec:
+        return True
+    return may_grow(state, deployment, replica)
 
 
 def _fits(state: ClusterState, deployment: Deployment) -> bool:
     """One more replica would have a place."""
     name, degrees = deployment.record.deployment, deployment.record.spec.degrees
     more = Wanted(replica=ReplicaId(name), deployment=name, degrees=degrees)
-    return bool(plan([more], _free_nodes(state), _siblings(state))[more.replica].members)
+    return bool(plan([more], free_nodes(state), siblings(state))[more.replica].members)
 
 
 def _add_missing(state: ClusterState, deployment: Deployment) -> None:
-    wanted = _target(state, deployment)
-    for index in range(wanted):
-        if index not in deployment.replicas:
-            name = ReplicaId(f"{deployment.record.deployment}-{index}")
-            replica = Replica(
-                replica=name,
-                deployment=deployment.record.deployment,
-                index=index,
-                phase=ReplicaPhase.HELD,
-                epoch=Epoch(0),
-                stored=Epoch(0),
-            )
-            deployment.replicas[index] = state.replicas[name] = replica
-            state.row_changed(replica)
+    missing = _target(state, deployment) - len(_staying(deployment))
+    unused = (index for index in count() if index not in deployment.replicas)
+    for index in list(islice(unused, max(0, missing))):
+        name = ReplicaId(f"{deployment.record.deployment}-{index}")
+        replica = Replica(
+            replica=name,
+            deployment=deployment.record.deployment,
+            index=index,
+            phase=ReplicaPhase.HELD,
+            epoch=Epoch(0),
+            stored=Epoch(0),
+        )
+        deployment.replicas[index] = state.replicas[name] = replica
+        state.row_changed(replica)
 
 
 def _retire_surplus(state: ClusterState, deployment: Deployment) -> None:
-    wanted = _target(state, deployment)
-    for index in sorted(deployment.replicas, reverse=True):
-        replica = deployment.replicas[index]
-        if index >= wanted or deployment.removed:
-            desired = 0 if deployment.removed else deployment.record.replicas
-            text = f"{deployment.record.deployment} is to have {desired} replicas"
-            retire(state, replica, Reason(kind=ReasonKind.ADMIN, text=text))
+    for replica in reversed(_staying(deployment)[_target(state, deployment) :]):
+        text = f"{deployment.record.deployment} is to have {_desired(deployment)} replicas"
+        retire(state, replica, Reason(kind=ReasonKind.ADMIN, text=text))
+    for replica in list(deployment.replicas.values()):
         if replica.retiring and not replica.holds_devices:
             bury(state, deployment, replica)
 
@@ -255,7 +296,7 @@ def _roll(state: ClusterState, deployment: Deployment) -> bool:
     outdated = [
         replica
         for replica in deployment.replicas.values()
-        if replica.holds_devices and not replica.retiring and replica.spec != deployment.record.spec
+        if replica.holds_devices and not replica.retiring and _is_outdated(deployment, replica)
     ]
     if not outdated:
         return False
@@ -265,7 +306,7 @@ def _roll(state: ClusterState, deployment: Deployment) -> bool:
         if not replica.adopting:
             start_drain(state, replica, reason, left_s=0.0)
     steady = all(
-        replica.phase is ReplicaPhase.READY or _is_hopeless_extra(state, deployment, replica)
+        replica.phase is ReplicaPhase.READY or _is_hopeless(state, deployment, replica)
         for replica in deployment.replicas.values()
     )
     if steady:
@@ -273,35 +314,63 @@ def _roll(state: ClusterState, deployment: Deployment) -> bool:
     return True
 
 
-def _is_hopeless_extra(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
+def _grow(state: ClusterState, deployment: Deployment) -> None:
+    """End one replica that outgrew its place, so that it gets its full size; its requests move. Only while nobody else
+    is on his way: one that has no place at all waits for nothing that this would take."""
+    replicas, stand_in = deployment.replicas.values(), _stand_in(deployment)
+    outgrown = [
+        replica
+        for replica in replicas
+        if replica.phase is ReplicaPhase.READY and not replica.retiring and _is_outgrown(state, deployment, replica)
+    ]
+    steady = all(
+        replica.phase is ReplicaPhase.READY
+        or _is_hopeless(state, deployment, replica)
+        or not (replica is stand_in or replica.holds_devices or replica.retiring)
+        for replica in replicas
+    )
+    if outgrown and steady:
+        full = named(deployment.record.spec.degrees)
+        reason = Reason(kind=ReasonKind.REPLACED, text=f"grows back to {full}: its devices have been there for a while")
+        start_drain(state, min(outgrown, key=lambda replica: replica.index), reason, left_s=0.0)
+
+
+def _is_hopeless(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
     """Nobody need wait for it: it is one more than desired, and there is no place for it."""
-    extra = replica.index >= deployment.record.replicas
+    extra = replica is _stand_in(deployment)
     return extra and replica.phase is ReplicaPhase.HELD and not _fits(state, deployment)
 
 
 def _place_homeless(state: ClusterState) -> None:
     homeless = {
-        replica.replica: replica
-        for deployment in state.deployments.values()
+        replica.replica: (deployment, replica)
+        for deployment in sorted(state.deployments.values(), key=_has_place)
         for replica in sorted(filter(_wants_place, deployment.replicas.values()), key=lambda replica: replica.index)
     }
     if not homeless:
         return
-    wanted = [
-        Wanted(
-            replica=replica.replica,
-            deployment=replica.deployment,
-            degrees=_spec(state, replica).degrees,
-            previous=replica.members,
-        )
-        for replica in homeless.values()
-    ]
-    for name, made in plan(wanted, _free_nodes(state), _siblings(state)).items():
-        replica = homeless[name]
+    wanted = [_wanted(state, deployment, replica) for deployment, replica in homeless.values()]
+    for name, made in plan(wanted, free_nodes(state), siblings(state)).items():
+        deployment, replica = homeless[name]
         if made.members:
-            place(state, replica, _spec(state, replica), made.members, made.reason)
+            place(state, replica, replace(deployment.record.spec, degrees=made.degrees), made.members, made.reason)
         else:
             _hold(state, replica, made.reason)
+
+
+def _has_place(deployment: Deployment) -> bool:
+    """A model that nobody serves comes first."""
+    return any(replica.holds_devices for replica in deployment.replicas.values())
+
+
+def _wanted(state: ClusterState, deployment: Deployment, replica: Replica) -> Wanted:
+    return Wanted(
+        replica=replica.replica,
+        deployment=replica.deployment,
+        degrees=deployment.record.spec.degrees,
+        previous=replica.members,
+        smaller=choices(state, deployment, replica),
+    )
 
 
 def _wants_place(replica: Replica) -> bool:
@@ -316,51 +385,3 @@ def _hold(state: ClusterState, replica: Replica, reason: Reason) -> None:
     replica.phase, replica.reason = ReplicaPhase.HELD, reason
     state.record("replica_held", replica=replica, reason=reason)
     state.row_changed(replica)
-
-
-def _spec(state: ClusterState, replica: Replica) -> ReplicaSpec:
-    return state.deployments[replica.deployment].record.spec
-
-
-def _free_nodes(state: ClusterState) -> list[FreeNode]:
-    taken: dict[NodeId, set[str]] = defaultdict(set)
-    for replica in state.replicas.values():
-        if replica.holds_devices:
-            for member in replica.members:
-                taken[member.node].add(member.device)
-    return [_free_node(state, node, taken[node.node]) for node in state.nodes.values() if node.placeable]
-
-
-def _free_node(state: ClusterState, node: Node, taken: set[str]) -> FreeNode:
-    if len(taken) >= len(node.devices):
-        return FreeNode(node=node.node, host=node.host, free=())
-    devices = [
-        FreeDevice(device=device.id, held=_held(state, node, device.id))
-        for device in node.devices
-        if device.id not in taken and device.id not in node.sick and _is_up(node, device.id)
-    ]
-    return FreeNode(node=node.node, host=node.host, free=tuple(devices))
-
-
-def _is_up(node: Node, device: str) -> bool:
-    """No rank process on it is still starting, or being started again: its daemon will say when one is there."""
-    rank = node.ranks.get(device)
-    return rank is None or rank.phase not in (RankPhase.STARTING, RankPhase.EXITED)
-
-
-def _held(state: ClusterState, node: Node, device: str) -> tuple[DeploymentId, int] | None:
-    """Whose weights the device's rank holds, if they are what its deployment asks for now."""
-    if device not in node.held:
-        return None
-    spec, rank = node.held[device]
-    deployment = state.deployments.get(spec.deployment)
-    return (spec.deployment, rank) if deployment is not None and deployment.record.spec == spec else None
-
-
-def _siblings(state: ClusterState) -> Mapping[tuple[DeploymentId, NodeId], int]:
-    counts: dict[tuple[DeploymentId, NodeId], int] = {}
-    for replica in state.replicas.values():
-        if replica.holds_devices:
-            for node in replica.nodes:
-                counts[replica.deployment, node] = counts.get((replica.deployment, node), 0) + 1
-    return counts

@@ -213,6 +213,10 @@ class Replica:
     retry_s: float = 0.0
     # Since it has no place.
     homeless_s: float = 0.0
+    # How long it has been shrunk while its full size had a place.
+    roomy_s: float = 0.0
+    # Ranks that were too few: they ran out of memory while they came up.
+    oom_ranks: int = 0
     reason: Reason | None = None
     # The members that `_nodes` was made from: it is asked for all the time.
     _nodes_of: tuple[Member, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from controlplane.core.degrees import ranks_of
 from controlplane.core.entities import (
     FORMING_PHASES,
     PLACED_PHASES,
@@ -13,7 +14,6 @@ from controlplane.core.entities import (
     NodePhase,
     Replica,
 )
-from controlplane.core.placement import ranks_of
 from controlplane.runtime.ids import NodeId
 from controlplane.runtime.messages.common import ReplicaPhase
 

@@ -1,15 +1,18 @@
 """Where a replica's ranks go: a pure plan from what is free, with its reason.
 
 One replica takes tensor × pipeline ranks; experts lie across the same ranks. Rank 0 first, tensor axis fastest. A
-tensor group talks in every layer, so it stays on one node wherever it can.
+tensor group talks in every layer, so it stays on one node wherever it can. As many replicas as can be get their full
+degrees; only what is left then goes to those that may be shrunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
+from itertools import groupby, product
 
+from controlplane.core.degrees import named, ranks_of
 from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId
 from controlplane.runtime.messages.common import Member, ParallelDegrees, Reason, ReasonKind
 
@@ -39,6 +42,8 @@ class Wanted:
     degrees: ParallelDegrees
     # Where it ran last.
     previous: tuple[Member, ...] = ()
+    # Degrees with fewer ranks that it may be placed with if there is no other way, best first.
+    smaller: tuple[ParallelDegrees, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +52,8 @@ class Plan:
 
     members: tuple[Member, ...]
     reason: Reason
-
-
-def ranks_of(degrees: ParallelDegrees) -> int:
-    """Ranks of one replica."""
-    return degrees.tensor * degrees.pipeline
+    # Of `members`; the wanted ones, or smaller.
+    degrees: ParallelDegrees
 
 
 def plan(
@@ -67,6 +69,10 @@ def plan(
     for want in sorted(wanted, key=lambda want: not stock.can_return(want)):
         plans[want.replica] = made = _plan_one(want, stock)
         stock.take(want.deployment, made.members)
+    for want in wanted:
+        if not plans[want.replica].members and (made := _plan_smaller(want, stock)) is not None:
+            plans[want.replica] = made
+            stock.take(want.deployment, made.members)
     return plans
 
 
@@ -131,23 +137,48 @@ def _without(node: FreeNode, taken: set[str]) -> FreeNode:
 
 
 def _plan_one(want: Wanted, stock: _Stock) -> Plan:
-    ranks = ranks_of(want.degrees)
-    if stock.total >= ranks:
-        for shape, groups in _WAYS:
-            slots = groups(want, stock)
-            if slots is not None:
-                reason = Reason(kind=ReasonKind.REPLACED, text=f"{_devices(ranks)} free {shape}")
-                return Plan(members=_members(want, slots), reason=reason)
-    return Plan(members=(), reason=_no_place(want, stock))
+    if stock.total >= ranks_of(want.degrees):
+        for way in _WAYS:
+            if (made := _try(want, stock, way)) is not None:
+                return made
+    return Plan(members=(), reason=_no_place(want, stock), degrees=want.degrees)
+
+
+def _try(want: Wanted, stock: _Stock, way: _Way) -> Plan | None:
+    slots = way.slots(want, stock)
+    if slots is None:
+        return None
+    reason = Reason(kind=ReasonKind.REPLACED, text=f"{_devices(ranks_of(want.degrees))} free {way.shape}")
+    return Plan(members=_members(want, slots), reason=reason, degrees=want.degrees)
+
+
+def _plan_smaller(want: Wanted, stock: _Stock) -> Plan | None:
+    """As many ranks as there are devices for; among equals tensor groups that stay on one node, then the largest."""
+    for ranks, equals in groupby(want.smaller, ranks_of):
+        shrunk = [replace(want, degrees=degrees) for degrees in equals]
+        if ranks > stock.total:
+            continue
+        for ways in (_WAYS[:-1], _WAYS[-1:]):
+            for one, way in product(shrunk, ways):
+                if (made := _try(one, stock, way)) is not None:
+                    return replace(made, reason=_shrunk(want, made, stock, way.shape))
+    return None
+
+
+def _shrunk(want: Wanted, made: Plan, stock: _Stock, shape: str) -> Reason:
+    text = f"shrunk from {named(want.degrees)} to {named(made.degrees)} {shape}: "
+    text += f"{_devices(stock.total)} free, {ranks_of(want.degrees)} needed"
+    return Reason(kind=ReasonKind.REPLACED, text=text + _missing(want, stock))
 
 
 def _no_place(want: Wanted, stock: _Stock) -> Reason:
-    ranks = ranks_of(want.degrees)
+    text = f"{want.replica} needs {_devices(ranks_of(want.degrees))}, {stock.total} free"
+    return Reason(kind=ReasonKind.NO_CAPACITY, text=text + _missing(want, stock))
+
+
+def _missing(want: Wanted, stock: _Stock) -> str:
     missing = sorted({member.node for member in want.previous} - stock.nodes.keys())
-    text = f"{want.replica} needs {_devices(ranks)}, {stock.total} free"
-    if missing:
-        text += f"; waits for {', '.join(missing)} to come back"
-    return Reason(kind=ReasonKind.NO_CAPACITY, text=text)
+    return f"; waits for {', '.join(missing)} to come back" if missing else ""
 
 
 def _devices(count: int) -> str:
@@ -208,7 +239,17 @@ def _anywhere(want: Wanted, stock: _Stock) -> _Slots | None:
     return slots if len(slots) == ranks else None
 
 
-_WAYS = (("on one node", _on_one_node), ("by whole tensor groups", _by_groups), ("across nodes", _anywhere))
+@dataclass(frozen=True, slots=True)
+class _Way:
+    shape: str
+    slots: Callable[[Wanted, _Stock], _Slots | None]
+
+
+_WAYS = (
+    _Way("on one node", _on_one_node),
+    _Way("by whole tensor groups", _by_groups),
+    _Way("across nodes", _anywhere),
+)
 
 
 def _fill(want: Wanted, node: FreeNode, ranks: Iterable[int]) -> _Slots:

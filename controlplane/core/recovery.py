@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import ceil
 
 from controlplane.core import failures
+from controlplane.core.degrees import ranks_of
 from controlplane.core.entities import FORMING_PHASES, SERVING_PHASES, Deployment, Drain, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import DeletePlacement, WritePlacement
@@ -50,13 +51,15 @@ def _reset(replica: Replica, phase: ReplicaPhase, reason: Reason) -> None:
     replica.acked.clear()
     replica.load = Load()
     replica.drain = None
-    replica.stalled_s = replica.slow_s = replica.homeless_s = replica.retry_s = 0.0
+    replica.stalled_s = replica.slow_s = replica.homeless_s = replica.roomy_s = replica.retry_s = 0.0
 
 
 def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequence[RequestId] = ()) -> None:
     """Close after a failure. One on the way to READY, or right after it, counts against the replica's budget."""
     young = replica.phase not in SERVING_PHASES or replica.served_s < state.timings.stage
     charged = young and not replica.adopting
+    if reason.kind is ReasonKind.OUT_OF_MEMORY and charged and replica.spec is not None:
+        replica.oom_ranks = max(replica.oom_ranks, ranks_of(replica.spec.degrees))
     close(state, replica, reason, suspects)
     if not charged:
         return
@@ -75,6 +78,7 @@ def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequen
 def pardon(state: ClusterState, replica: Replica) -> None:
     """Something changed for the better: try again with a fresh budget."""
     replica.failures.clear()
+    replica.oom_ranks = 0
     if replica.phase is ReplicaPhase.DEGRADED:
         replica.phase = ReplicaPhase.CLOSED
         state.record("replica_pardoned", replica=replica, reason=replica.reason)
@@ -84,7 +88,7 @@ def pardon(state: ClusterState, replica: Replica) -> None:
 
 def pardon_all(state: ClusterState) -> None:
     for replica in state.replicas.values():
-        if replica.phase is ReplicaPhase.DEGRADED:
+        if replica.phase is ReplicaPhase.DEGRADED or replica.oom_ranks:
             pardon(state, replica)
 
 
@@ -174,6 +178,8 @@ def retire(state: ClusterState, replica: Replica, reason: Reason) -> None:
     if replica.retiring:
         return
     replica.retiring = True
+    if not replica.holds_devices:
+        replica.reason = reason
     start_drain(state, replica, reason, left_s=0.0)
     state.replan = True
 

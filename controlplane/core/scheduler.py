@@ -13,6 +13,7 @@ from math import inf
 
 from controlplane.core import failures
 from controlplane.core.assignment import assign
+from controlplane.core.elastic import is_shrunk
 from controlplane.core.entities import Deployment, Gateway, Replica, Request
 from controlplane.core.fair_queue import Ticket
 from controlplane.core.prediction import congestion_s, demand, fits, pace, predicted_s
@@ -294,6 +295,9 @@ def _refusal(state: ClusterState, entry: RouteEntry) -> tuple[RouteCode, Reason,
 
 
 def _too_long(entry: RouteEntry, deployment: Deployment) -> Reason | None:
+    """No replica will ever take it. A shrunk one proves nothing: what it has no room for waits until it grows back."""
+    if any(is_shrunk(deployment.record, replica) for replica in deployment.replicas.values()):
+        return None
     capacities = [replica.capacity for replica in deployment.replicas.values() if replica.capacity is not None]
     if not capacities or any(fits(entry, capacity) for capacity in capacities):
         return None

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from controlplane.core import deployments, drains, gateways, groups, membership, recovery, scheduler, sessions, slowness
+from controlplane.core import (
+    deployments,
+    drains,
+    elastic,
+    gateways,
+    groups,
+    membership,
+    recovery,
+    scheduler,
+    sessions,
+    slowness,
+)
 from controlplane.core.entities import Gateway, LeaderPhase, Node, Outbox
 from controlplane.core.messages import (
     AdminAsked,
@@ -233,6 +244,7 @@ def _tick(state: ClusterState) -> None:
     _count_grace(state, passed_s)
     membership.tick(state, passed_s)
     recovery.tick(state, passed_s)
+    elastic.tick(state, passed_s)
     slowness.tick(state, passed_s)
     gateways.tick(state, passed_s)
     scheduler.expire(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controlplane.core.elastic import is_shrunk, shrunk_reason
 from controlplane.core.entities import SERVING_PHASES, Deployment, LeaderPhase, Node, NodePhase, Replica
 from controlplane.core.failure import Failure, FailurePhase
 from controlplane.core.state import ClusterState
@@ -21,6 +22,7 @@ from controlplane.runtime.ids import (
 )
 from controlplane.runtime.messages.common import Member, ParallelDegrees, Reason, ReplicaPhase, TimingSpec
 from controlplane.runtime.messages.session import RankInfo
+from controlplane.runtime.records import DeploymentRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,7 @@ class ReplicaStatus:
     load_stage: str
     numerics: str
     attention: str
+    degrees: ParallelDegrees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +160,7 @@ def status_view(state: ClusterState, now: float) -> StatusView:
             incarnation=state.incarnation,
         ),
         nodes=tuple(_node(node) for _, node in sorted(state.nodes.items())),
-        replicas=tuple(_replica(replica) for _, replica in sorted(state.replicas.items())),
+        replicas=tuple(_replica(state, replica) for _, replica in sorted(state.replicas.items())),
         gateways=tuple(
             GatewayStatus(id=name, pid=gateway.pid, url=gateway.url, open_requests=gateway.open_requests)
             for name, gateway in sorted(state.gateways.items())
@@ -205,7 +208,8 @@ def _node(node: Node) -> NodeStatus:
     )
 
 
-def _replica(replica: Replica) -> ReplicaStatus:
+def _replica(state: ClusterState, replica: Replica) -> ReplicaStatus:
+    record = state.deployments[replica.deployment].record
     load = replica.load.heartbeat
     total = replica.capacity.total_blocks if replica.capacity else 0
     return ReplicaStatus(
@@ -219,19 +223,27 @@ def _replica(replica: Replica) -> ReplicaStatus:
         deployment=replica.deployment,
         members=replica.members,
         step_ms=load.step_ms if load else 0.0,
-        reason=replica.reason,
+        reason=_replica_reason(record, replica),
         load_fraction=replica.load_fraction,
         load_stage=replica.load_stage,
         numerics=replica.capacity.numerics if replica.capacity else "",
         attention=replica.capacity.attention if replica.capacity else "",
+        degrees=(replica.spec or record.spec).degrees,
     )
+
+
+def _replica_reason(record: DeploymentRecord, replica: Replica) -> Reason | None:
+    """Why it does not serve, or serves with less than it should."""
+    shrunk = replica.phase is ReplicaPhase.READY and is_shrunk(record, replica)
+    return shrunk_reason(record, replica) if shrunk else replica.reason
 
 
 def _deployment(deployment: Deployment) -> DeploymentStatus:
     record = deployment.record
     replicas = [replica for _, replica in sorted(deployment.replicas.items())]
     ready = sum(replica.phase is ReplicaPhase.READY for replica in replicas)
-    ailing = [replica for replica in replicas if replica.phase is not ReplicaPhase.READY and replica.reason]
+    reasons = [(replica.replica, _replica_reason(record, replica)) for replica in replicas]
+    ailing = [f"{name}: {reason.text}" for name, reason in reasons if reason is not None]
     return DeploymentStatus(
         id=record.deployment,
         model=record.model,
@@ -240,7 +252,7 @@ def _deployment(deployment: Deployment) -> DeploymentStatus:
         ready=ready,
         degrees=record.spec.degrees,
         numerics=record.spec.numerics,
-        reason=f"{ailing[0].replica}: {ailing[0].reason.text}" if ailing and ailing[0].reason else "",
+        reason=ailing[0] if ailing else "",
     )
 
 

@@ -65,6 +65,9 @@ class Timings:
     regroup_window: float
     # A replica that is slower than its equals for so long is told of.
     slow_for: float
+    # Devices on which a shrunk replica could have its full size must have been there for so long: a node that comes and
+    # goes would move its requests each time.
+    grow_after: float
 
     def to_spec(self) -> TimingSpec:
         return TimingSpec(
@@ -106,6 +109,7 @@ def derive_timings(failure_timeout: float = 3.0, heartbeat_interval: float = 0.5
         drain=10 * f,
         regroup_window=60 * f,
         slow_for=10 * f,
+        grow_after=10 * f,
     )
     _require(2 * h < timings.session_silence, "2 × heartbeat_interval must be below the session silence")
     _require(

@@ -41,10 +41,13 @@ def status_tables(status: Row) -> Group:
 def deployments_table(rows: list[Row]) -> Table:
     table = _table("deployment", "model", "ready", "degrees", "numerics", "reason")
     for row in rows:
-        degrees = f"tp {row['tensor']} · pp {row['pipeline']} · ep {row['expert']}"
         ready = f"{row['ready']} of {row['replicas']}"
-        table.add_row(row["id"], row["model"], ready, degrees, row["numerics"], row["reason"])
+        table.add_row(row["id"], row["model"], ready, _degrees(row), row["numerics"], row["reason"])
     return table
+
+
+def _degrees(row: Row) -> str:
+    return f"tp {row['tensor']} · pp {row['pipeline']} · ep {row['expert']}"
 
 
 def nodes_table(rows: list[Row]) -> Table:
@@ -67,16 +70,26 @@ def nodes_table(rows: list[Row]) -> Table:
 
 def replicas_table(rows: list[Row]) -> Table:
     table = _table(
-        "replica", "state", "epoch", "running", "waiting", "free blocks", "step", "numerics", "nodes", "reason"
+        "replica",
+        "state",
+        "epoch",
+        "degrees",
+        "running",
+        "waiting",
+        "free blocks",
+        "step",
+        "numerics",
+        "nodes",
+        "reason",
     )
     for row in rows:
         state = state_text(row["state"])
         if row["state"] == "loading":
             state.append(f" {row['load_fraction']:.0%} {row['load_stage']}")
         blocks = f"{row['free_blocks']} of {row['total_blocks']}"
-        counts = (str(row["epoch"]), str(row["running"]), str(row["waiting"]), blocks, f"{row['step_ms']} ms")
+        counts = (_degrees(row), str(row["running"]), str(row["waiting"]), blocks, f"{row['step_ms']} ms")
         numerics = row["numerics"].partition(":")[0]
-        table.add_row(row["id"], state, *counts, numerics, words(row["nodes"]), row["reason"])
+        table.add_row(row["id"], state, str(row["epoch"]), *counts, numerics, words(row["nodes"]), row["reason"])
     return table
 
 

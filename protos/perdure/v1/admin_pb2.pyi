@@ -99,7 +99,7 @@ class NodeStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., phase: _Optional[_Union[NodePhase, str]] = ..., ranks: _Optional[_Iterable[_Union[_session_pb2.RankInfo, _Mapping]]] = ..., serve_address: _Optional[str] = ..., incarnation: _Optional[str] = ..., silent_ms: _Optional[int] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ..., loop_lag_ms: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("id", "phase", "epoch", "running", "waiting", "free_blocks", "total_blocks", "deployment", "members", "step_ms", "reason", "load_fraction", "load_stage", "numerics", "attention")
+    __slots__ = ("id", "phase", "epoch", "running", "waiting", "free_blocks", "total_blocks", "deployment", "members", "step_ms", "reason", "load_fraction", "load_stage", "numerics", "attention", "degrees")
     ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class ReplicaStatus(_message.Message):
     LOAD_STAGE_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    DEGREES_FIELD_NUMBER: _ClassVar[int]
     id: str
     phase: _common_pb2.ReplicaPhase
     epoch: int
@@ -130,7 +131,8 @@ class ReplicaStatus(_message.Message):
     load_stage: str
     numerics: str
     attention: str
-    def __init__(self, id: _Optional[str] = ..., phase: _Optional[_Union[_common_pb2.ReplicaPhase, str]] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., deployment: _Optional[str] = ..., members: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ..., step_ms: _Optional[float] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ..., load_fraction: _Optional[float] = ..., load_stage: _Optional[str] = ..., numerics: _Optional[str] = ..., attention: _Optional[str] = ...) -> None: ...
+    degrees: _common_pb2.ParallelDegrees
+    def __init__(self, id: _Optional[str] = ..., phase: _Optional[_Union[_common_pb2.ReplicaPhase, str]] = ..., epoch: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., deployment: _Optional[str] = ..., members: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ..., step_ms: _Optional[float] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ..., load_fraction: _Optional[float] = ..., load_stage: _Optional[str] = ..., numerics: _Optional[str] = ..., attention: _Optional[str] = ..., degrees: _Optional[_Union[_common_pb2.ParallelDegrees, _Mapping]] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
     __slots__ = ("id", "pid", "url", "open_requests")

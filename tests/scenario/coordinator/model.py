@@ -294,8 +294,10 @@ class Cluster:
                 worker.weights[device] = "fingerprint"
         return self.group(worker, frame.replica, answer)
 
-    def group(self, worker: Worker, replica: ReplicaId, phase: GroupPhase, *, ok: bool = True) -> list[Effect]:
-        return self.say(worker, group_state_of(worker, replica, phase, ok=ok))
+    def group(
+        self, worker: Worker, replica: ReplicaId, phase: GroupPhase, fault: ReasonKind | None = None
+    ) -> list[Effect]:
+        return self.say(worker, group_state_of(worker, replica, phase, fault))
 
     def rank_exits(self, worker: Worker, device: str, suspects: tuple[str, ...] = ()) -> list[Effect]:
         """A rank process dies; its daemon lives and says so."""

@@ -55,14 +55,28 @@ from controlplane.runtime.timing import derive_timings
 CLUSTER = ClusterId("c" * 32)
 TIMINGS = derive_timings()
 CAPACITY = Capacity(total_blocks=1000, block_tokens=16, max_sequences=4, max_batch_tokens=512, max_model_tokens=4096)
+FAULTS = {
+    ReasonKind.GROUP_FAILED: "peer gone",
+    ReasonKind.OUT_OF_MEMORY: "weights take 9 GiB of 8",
+    ReasonKind.LOAD_FAILED: "config.json: no such file",
+}
 
 
 def deployment(
-    name: str = "m", replicas: int = 1, tensor: int = 1, pipeline: int = 1, path: str = "/models/m"
+    name: str = "m",
+    replicas: int = 1,
+    tensor: int = 1,
+    pipeline: int = 1,
+    path: str = "/models/m",
+    *,
+    elastic: bool = False,
 ) -> DeploymentRecord:
     degrees = ParallelDegrees(tensor=tensor, pipeline=pipeline)
     spec = ReplicaSpec(deployment=DeploymentId(name), model_path=path, degrees=degrees)
-    return DeploymentRecord(deployment=DeploymentId(name), model=name, spec=spec, replicas=replicas)
+    strategy = "elastic_scaling" if elastic else "checkpoint_restart"
+    return DeploymentRecord(
+        deployment=DeploymentId(name), model=name, spec=spec, replicas=replicas, recovery_strategy=strategy
+    )
 
 
 def entry(request: str, *, prompt: int = 100, max_tokens: int = 50, name: str = "m", **fields: object) -> RouteEntry:
@@ -193,15 +207,17 @@ def heartbeat_of(worker: Worker) -> Heartbeat:
     return Heartbeat(uptime_ms=1, replicas=tuple(loads))
 
 
-def group_state_of(worker: Worker, replica: ReplicaId, phase: GroupPhase, *, ok: bool) -> GroupState:
+def group_state_of(
+    worker: Worker, replica: ReplicaId, phase: GroupPhase, fault: ReasonKind | None = None
+) -> GroupState:
     held = worker.held[replica]
     first = 0 in held.devices.values()
     return GroupState(
         replica=replica,
         epoch=held.epoch,
         phase=phase,
-        ok=ok,
-        reason=None if ok else Reason(kind=ReasonKind.GROUP_FAILED, text="peer gone", node=worker.node),
+        ok=fault is None,
+        reason=None if fault is None else Reason(kind=fault, text=FAULTS.get(fault, ""), node=worker.node),
         rendezvous=f"{worker.node}.host:29500" if first and phase is GroupPhase.PREPARED else "",
         capacity=CAPACITY if first and phase is GroupPhase.LOADED else None,
     )

@@ -3,19 +3,19 @@
 A file holds blocks parted by empty lines. A block is command lines, a line `----`, then the expected effects, one a
 line (heartbeats are left out). `#` begins a comment. Commands:
 
-    store [m=REPLICAS [tp=N] [pp=N]] [peers=NAMES] [restored]
+    store [m=REPLICAS [tp=N] [pp=N] [elastic]] [peers=NAMES] [restored]
     worker NAME joins [devices=N]          a fresh process registers and attaches with its Snapshot
     worker NAME dies | breaks | returns | stops | goes-on | hides | shows | unregisters | registers
     worker NAME rank DEVICE exits [suspects=IDS]
     worker NAME respawns                   a new rank is up where one exited
     worker NAME answers [N]                it handles its oldest frames
-    worker NAME fails REPLICA PHASE        a GroupState that is not ok
+    worker NAME fails REPLICA PHASE [kind=KIND]   a GroupState that is not ok
     worker NAME load REPLICA key=value...  what its heartbeats say from now on
     worker NAME leaves SECONDS | drained | fences TERM
     gateway NAME joins [REQUEST@REPLICA@EPOCH...]
     gateway NAME routes REQUEST[.ATTEMPT]... [key=value...]
     gateway NAME ends REQUEST[.ATTEMPT]... | breaks
-    admin drain|undrain NODE | cancel REQUEST | apply m=REPLICAS [path=P]
+    admin drain|undrain NODE | cancel REQUEST | apply m=REPLICAS [path=P] [tp=N] [pp=N] [elastic]
     etcd mute|heard|down|up|writes|revokes
     probe                                  outstanding probes are made
     settle                                 etcd, probes and workers answer until all is quiet
@@ -69,6 +69,7 @@ from controlplane.runtime.messages.route import (
     RouteEntry,
 )
 from controlplane.runtime.messages.session import AssignBatch, Drained, Fenced, GroupPhase, Leaving
+from controlplane.runtime.records import DeploymentRecord
 from tests.scenario.coordinator.model import Cluster
 from tests.scenario.coordinator.peers import deployment, entry
 
@@ -128,9 +129,7 @@ class Script:
 
     def _store(self, words: list[str], options: dict[str, str]) -> list[Effect]:
         if "m" in options:
-            self.cluster.deployments[DeploymentId("m")] = deployment(
-                replicas=int(options["m"]), tensor=int(options.get("tp", 1)), pipeline=int(options.get("pp", 1))
-            )
+            self.cluster.deployments[DeploymentId("m")] = _deployment(words, options)
         peers = tuple(options["peers"].split(",")) if "peers" in options else ()
         return self.cluster.load(restored="restored" in words, peers=peers)
 
@@ -167,7 +166,8 @@ class Script:
             case ["answers", *count]:
                 return [e for _ in range(int(count[0]) if count else 1) for e in cluster.answer_next(worker)]
             case ["fails", replica, phase]:
-                return cluster.group(worker, ReplicaId(replica), GroupPhase[phase], ok=False)
+                fault = ReasonKind[options.get("kind", "GROUP_FAILED")]
+                return cluster.group(worker, ReplicaId(replica), GroupPhase[phase], fault)
             case ["load", replica]:
                 worker.loads[ReplicaId(replica)] = {key: float(value) for key, value in options.items()}
             case ["leaves", seconds]:
@@ -213,9 +213,7 @@ class Script:
             case "cancel":
                 body = CancelAsked(RequestId(words[1]))
             case "apply":
-                path = options.get("path", "/models/m")
-                tensor = int(options.get("tp", 1))
-                body = ApplyAsked(deployment(replicas=int(options["m"]), path=path, tensor=tensor))
+                body = ApplyAsked(_deployment(words, options))
             case _:
                 raise ValueError(words)
         return self.cluster.step(AdminAsked(AskId(self.asks), body))
@@ -328,6 +326,16 @@ def show_body(body: Any) -> str:
 
 def _permit(permit: Any) -> str:
     return f"{permit.request}.{permit.attempt}->{permit.replica}@{permit.epoch}" + (" solo" if permit.solo else "")
+
+
+def _deployment(words: list[str], options: dict[str, str]) -> DeploymentRecord:
+    return deployment(
+        replicas=int(options["m"]),
+        tensor=int(options.get("tp", 1)),
+        pipeline=int(options.get("pp", 1)),
+        path=options.get("path", "/models/m"),
+        elastic="elastic" in words,
+    )
 
 
 def _entry(word: str, options: dict[str, str]) -> RouteEntry:

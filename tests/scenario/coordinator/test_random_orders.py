@@ -39,7 +39,8 @@ from tests.scenario.coordinator.peers import GatewayPeer, Worker, deployment, en
 WORKERS = ("w1", "w2", "w3")
 DEVICES = 2
 TICKS_OF_GRACE = 9
-TICKS_TO_HEAL = 60
+# A shrunk replica grows once its devices have been there for 10 F, one after the other.
+TICKS_TO_HEAL = 150
 
 
 class Journals:
@@ -93,12 +94,18 @@ class RandomOrders(RuleBasedStateMachine):
     gateway: GatewayPeer
     journals: Journals
 
-    @initialize(replicas=st.integers(1, 3), tensor=st.integers(1, 2), workers=st.integers(0, 3), calm=st.booleans())
-    def start(self, replicas: int, tensor: int, workers: int, calm: bool) -> None:
+    @initialize(
+        replicas=st.integers(1, 3),
+        tensor=st.integers(1, 2),
+        elastic=st.booleans(),
+        workers=st.integers(0, 3),
+        calm=st.booleans(),
+    )
+    def start(self, replicas: int, tensor: int, elastic: bool, workers: int, calm: bool) -> None:
         self.cluster = Cluster()
         self.journals = Journals()
         self.cluster.watch = self.journals.take
-        self.cluster.deployments[DeploymentId("m")] = deployment(replicas=replicas, tensor=tensor)
+        self.cluster.deployments[DeploymentId("m")] = deployment(replicas=replicas, tensor=tensor, elastic=elastic)
         self.cluster.load()
         self.requests = 0
         self.gateway = self.cluster.add_gateway("g1")
@@ -274,8 +281,9 @@ class RandomOrders(RuleBasedStateMachine):
         body = UndrainAsked(NodeId(node)) if back else DrainAsked(NodeId(node), 1000)
         self.cluster.step(AdminAsked(AskId(1), body))
 
-    def operator_applies(self, replicas: int, path: str) -> None:
-        self.cluster.step(AdminAsked(AskId(2), ApplyAsked(deployment(replicas=replicas, path=path))))
+    def operator_applies(self, replicas: int, tensor: int, path: str, elastic: bool) -> None:
+        asked = deployment(replicas=replicas, tensor=tensor, path=path, elastic=elastic)
+        self.cluster.step(AdminAsked(AskId(2), ApplyAsked(asked)))
 
     def leader_changes(self) -> None:
         self.cluster = self.cluster.successor()
@@ -292,7 +300,8 @@ class RandomOrders(RuleBasedStateMachine):
                 self.operator_drains(data.draw(st.sampled_from(WORKERS)), data.draw(st.booleans()))
             case "apply":
                 paths = st.sampled_from(("/models/m", "/models/n"))
-                self.operator_applies(data.draw(st.integers(0, 3)), data.draw(paths))
+                replicas, tensor = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 2))
+                self.operator_applies(replicas, tensor, data.draw(paths), data.draw(st.booleans()))
             case _:
                 self.leader_changes()
 
@@ -313,10 +322,11 @@ class RandomOrders(RuleBasedStateMachine):
         state = self.cluster.state
         assert state.phase is LeaderPhase.LEADING
         assert all(node.phase is NodePhase.LIVE for node in state.nodes.values()), state.nodes
-        wanted = state.deployments[DeploymentId("m")].record.replicas
+        record = state.deployments[DeploymentId("m")].record
         phases = {name: replica.phase for name, replica in state.replicas.items()}
-        assert phases == {ReplicaId(f"m-{index}"): ReplicaPhase.READY for index in range(wanted)}
-        if wanted:
+        assert list(phases.values()) == [ReplicaPhase.READY] * record.replicas, phases
+        assert all(replica.spec == record.spec for replica in state.replicas.values()), "one is shrunk without need"
+        if record.replicas:
             assert not state.deployments[DeploymentId("m")].queue
             assert self.journals.placed.keys() == self.journals.attempts.keys()
 

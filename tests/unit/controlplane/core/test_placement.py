@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from controlplane.core.degrees import named, smaller
 from controlplane.core.placement import FreeDevice, FreeNode, Wanted, plan
 from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId
 from controlplane.runtime.messages.common import Member, ParallelDegrees, ReasonKind
@@ -111,3 +113,43 @@ def test_no_device_twice_and_all_or_nothing(sizes: list[int], degrees: list[tupl
         assert len(members) in (0, ranks)
         if not members:
             assert ranks > len(free) - sum(used.values())
+
+
+# ---------------------------------------------------------------- shrunk
+
+
+def shrunk(nodes: list[FreeNode], tensor: int, pipeline: int = 1, above: int = 0) -> tuple[str, str]:
+    """Where a replica goes that may be shrunk, and with which degrees."""
+    want = wanted(tensor=tensor, pipeline=pipeline)
+    want = replace(want, smaller=smaller(want.degrees, above))
+    made = plan([want], nodes, {})[want.replica]
+    return " ".join(f"{member.node}/{member.device[-1]}" for member in made.members), named(made.degrees)
+
+
+def test_as_many_ranks_as_there_are_devices_for() -> None:
+    assert shrunk([node("w1", 3)], tensor=4) == ("w1/0 w1/1", "tp2")
+    assert shrunk([node("w1", 3)], tensor=2, pipeline=4) == ("w1/0 w1/1 w1/2", "pp3")
+
+
+def test_full_degrees_if_they_have_a_place() -> None:
+    assert shrunk([node("w1", 2), node("w2", 2)], tensor=4) == ("w1/0 w1/1 w2/0 w2/1", "tp4")
+
+
+def test_tensor_groups_on_one_node_before_larger_ones() -> None:
+    assert shrunk([node("w1", 2), node("w2", 2)], tensor=4, pipeline=2) == ("w1/0 w1/1 w2/0 w2/1", "tp2×pp2")
+    assert shrunk([node("w1", 4)], tensor=4, pipeline=2) == ("w1/0 w1/1 w1/2 w1/3", "tp4")
+
+
+def test_stages_before_a_cut_tensor_group() -> None:
+    assert shrunk([node("w1"), node("w2")], tensor=2, pipeline=2) == ("w1/0 w2/0", "pp2")
+
+
+def test_nothing_at_or_below_what_was_too_few() -> None:
+    assert shrunk([node("w1", 2)], tensor=4, above=2) == ("", "tp4")
+
+
+def test_full_replicas_take_their_place_first() -> None:
+    first, second = (replace(wanted(index, tensor=4), smaller=smaller(wanted(tensor=4).degrees)) for index in range(2))
+    made = plan([first, second], [node("w1", 6)], {})
+    assert [named(made[ReplicaId(name)].degrees) for name in ("m-0", "m-1")] == ["tp4", "tp2"]
+    assert made[ReplicaId("m-1")].reason.text == "shrunk from tp4 to tp2 on one node: 2 devices free, 4 needed"

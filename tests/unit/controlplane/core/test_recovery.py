@@ -150,7 +150,7 @@ def test_failures_are_counted_and_degrade() -> None:
         cluster.write_next()
         while worker_of(cluster).held.get(M0) is None or worker_of(cluster).held[M0].epoch != attempt:
             cluster.answer_next(worker_of(cluster))
-        cluster.group(worker_of(cluster), M0, GroupPhase.PREPARED, ok=False)
+        cluster.group(worker_of(cluster), M0, GroupPhase.PREPARED, ReasonKind.GROUP_FAILED)
     assert replica_of(cluster).phase is ReplicaPhase.DEGRADED
     ticks(cluster, cluster.timings.regroup_window)
     assert replica_of(cluster).phase is ReplicaPhase.DEGRADED

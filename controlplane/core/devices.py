@@ -1,0 +1,80 @@
+"""What is free, as the leader knows it, and whether it knows it well enough to place anything."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from controlplane.core.entities import LeaderPhase, Node, NodePhase, Replica
+from controlplane.core.placement import FreeDevice, FreeNode
+from controlplane.core.state import ClusterState
+from controlplane.runtime.ids import DeploymentId, NodeId
+from controlplane.runtime.messages.common import RankPhase
+
+
+def may_place(state: ClusterState) -> bool:
+    """Devices are known well enough: after grace, or once every node in etcd has told what it holds."""
+    if state.phase is LeaderPhase.REBUILDING:
+        return not any(
+            node.phase is NodePhase.KNOWN or (node.link is not None and not node.known) for node in state.nodes.values()
+        )
+    return state.phase is LeaderPhase.LEADING
+
+
+def free_nodes(state: ClusterState) -> list[FreeNode]:
+    """Nodes that may take ranks, each with the devices that no replica holds."""
+    taken: dict[NodeId, set[str]] = defaultdict(set)
+    for replica in state.replicas.values():
+        if replica.holds_devices:
+            for member in replica.members:
+                taken[member.node].add(member.device)
+    return [_free_node(state, node, taken[node.node]) for node in state.nodes.values() if node.placeable]
+
+
+def with_own(state: ClusterState, nodes: Sequence[FreeNode], replica: Replica) -> list[FreeNode]:
+    """The same nodes, as if `replica` had given its devices back."""
+    own: dict[NodeId, list[FreeDevice]] = defaultdict(list)
+    for member in replica.members:
+        own[member.node].append(_free_device(state, state.nodes[member.node], member.device))
+    return [replace(node, free=(*node.free, *own[node.node])) if node.node in own else node for node in nodes]
+
+
+def siblings(state: ClusterState) -> Mapping[tuple[DeploymentId, NodeId], int]:
+    """How many replicas of each deployment a node runs."""
+    counts: dict[tuple[DeploymentId, NodeId], int] = {}
+    for replica in state.replicas.values():
+        if replica.holds_devices:
+            for node in replica.nodes:
+                counts[replica.deployment, node] = counts.get((replica.deployment, node), 0) + 1
+    return counts
+
+
+def _free_node(state: ClusterState, node: Node, taken: set[str]) -> FreeNode:
+    if len(taken) >= len(node.devices):
+        return FreeNode(node=node.node, host=node.host, free=())
+    devices = [
+        _free_device(state, node, device.id)
+        for device in node.devices
+        if device.id not in taken and device.id not in node.sick and _is_up(node, device.id)
+    ]
+    return FreeNode(node=node.node, host=node.host, free=tuple(devices))
+
+
+def _is_up(node: Node, device: str) -> bool:
+    """No rank process on it is still starting, or being started again: its daemon will say when one is there."""
+    rank = node.ranks.get(device)
+    return rank is None or rank.phase not in (RankPhase.STARTING, RankPhase.EXITED)
+
+
+def _free_device(state: ClusterState, node: Node, device: str) -> FreeDevice:
+    return FreeDevice(device=device, held=_held(state, node, device))
+
+
+def _held(state: ClusterState, node: Node, device: str) -> tuple[DeploymentId, int] | None:
+    """Whose weights the device's rank holds, if they are what its deployment asks for now."""
+    if device not in node.held:
+        return None
+    spec, rank = node.held[device]
+    deployment = state.deployments.get(spec.deployment)
+    return (spec.deployment, rank) if deployment is not None and deployment.record.spec == spec else None

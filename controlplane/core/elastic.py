@@ -1,0 +1,74 @@
+"""A deployment of strategy `elastic_scaling`: what has no place at its full degrees is served with fewer ranks, and
+grows back once its full size has had a place for a while.
+
+Whoever can have a full place gets one first (placement.py). What remains is shrunk only after a wait: a process that
+restarts at once is worth more than a load of other shards. Nobody shrinks while as many replicas as desired have a
+place, since a full one stands in for him then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from controlplane.core.degrees import is_smaller, named, ranks_of, smaller
+from controlplane.core.devices import free_nodes, may_place, siblings, with_own
+from controlplane.core.entities import Deployment, Replica
+from controlplane.core.placement import Wanted, plan
+from controlplane.core.state import ClusterState
+from controlplane.runtime.messages.common import ParallelDegrees, Reason, ReasonKind, ReplicaPhase
+from controlplane.runtime.records import DeploymentRecord
+
+ELASTIC = "elastic_scaling"
+
+
+def is_shrunk(record: DeploymentRecord, replica: Replica) -> bool:
+    """The replica runs, or ran last, with less than its deployment asks for, and with nothing else that differs."""
+    spec, full = replica.spec, record.spec
+    if record.recovery_strategy != ELASTIC or spec is None or not is_smaller(spec.degrees, full.degrees):
+        return False
+    return replace(spec, degrees=full.degrees) == full
+
+
+def choices(state: ClusterState, deployment: Deployment, replica: Replica) -> tuple[ParallelDegrees, ...]:
+    """Smaller degrees that the homeless replica may be placed with now, best first."""
+    record = deployment.record
+    if record.recovery_strategy != ELASTIC or replica.homeless_s < _patience_s(state, replica):
+        return ()
+    placed = sum(other.holds_devices and not other.retiring for other in deployment.replicas.values())
+    return smaller(record.spec.degrees, above=replica.oom_ranks) if placed < record.replicas else ()
+
+
+def _patience_s(state: ClusterState, replica: Replica) -> float:
+    """One that served is missed, and a rank or daemon that restarts is back within a stage. One that never had a place
+    is missed by nobody: its nodes may just be starting."""
+    return state.timings.stage if replica.epoch else state.timings.node_return
+
+
+def may_grow(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
+    """Its full size has had a place for long enough, with its own devices, and has one now."""
+    return replica.roomy_s >= state.timings.grow_after and may_place(state) and _has_room(state, deployment, replica)
+
+
+def shrunk_reason(record: DeploymentRecord, replica: Replica) -> Reason:
+    """What a shrunk replica's status says."""
+    full, degrees = record.spec.degrees, ParallelDegrees() if replica.spec is None else replica.spec.degrees
+    text = f"shrunk from {named(full)} to {named(degrees)} until {ranks_of(full)} devices are free"
+    return Reason(kind=ReasonKind.NO_CAPACITY, text=text)
+
+
+def tick(state: ClusterState, passed_s: float) -> None:
+    """Count how long each shrunk replica could have been larger."""
+    for deployment in state.deployments.values():
+        for replica in deployment.replicas.values():
+            if replica.phase is ReplicaPhase.READY and is_shrunk(deployment.record, replica):
+                roomy = may_place(state) and _has_room(state, deployment, replica)
+                replica.roomy_s = replica.roomy_s + passed_s if roomy else 0.0
+                if replica.roomy_s >= state.timings.grow_after:
+                    deployment.settled = False
+
+
+def _has_room(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
+    degrees = deployment.record.spec.degrees
+    want = Wanted(replica=replica.replica, deployment=replica.deployment, degrees=degrees)
+    nodes = with_own(state, free_nodes(state), replica)
+    return bool(plan([want], nodes, siblings(state))[replica.replica].members)
