@@ -6,13 +6,13 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 
 from protos.perdure.v1 import common_pb2
+from tools.chaos.fault import Action, Fault, Target
 from tools.chaos.hosts import Hosts
 from tools.chaos.live import ChaosError, LiveCluster
 from tools.chaos.network import Loss
-from tools.chaos.plan import Action, Fault, Target
 from tools.chaos.poison import poison
 
 SIGNALS = {Action.KILL: signal.SIGKILL, Action.STOP: signal.SIGSTOP, Action.TERMINATE: signal.SIGTERM}
@@ -20,12 +20,15 @@ PHASES = {
     "loading": {common_pb2.REPLICA_PHASE_LOADING},
     "regrouping": {common_pb2.REPLICA_PHASE_PREPARING, common_pb2.REPLICA_PHASE_FORMING},
 }
+READY = common_pb2.REPLICA_PHASE_READY
 WHEN_POLL_S = 0.01
 WHEN_MAX_S = 60.0
 DRAIN_MS = 2000
 """Of a rolling restart: streams that still run then go on elsewhere."""
 
 RETURN_MAX_S = 120.0
+
+SLOW_PERIOD_S = 0.1
 
 
 class Saboteur:
@@ -52,7 +55,15 @@ class Saboteur:
         """Return when it is over. Raises ChaosError, NetworkError or HostsError."""
         match fault.action:
             case Action.DRAIN:
-                await self._cluster.drain(fault.target.name)
+                for node in await self._nodes(fault.target):
+                    await self._cluster.drain(node)
+            case Action.SCALE:
+                await self._cluster.scale(fault.target.name, fault.replicas)
+                await self._cluster.wait_whole(RETURN_MAX_S)
+            case Action.RELOAD:
+                await self._reload()
+            case Action.SLOW:
+                await self._slow(fault)
             case Action.POISON:
                 self._say(await poison(self._cluster))
             case Action.KILL | Action.STOP | Action.TERMINATE:
@@ -61,19 +72,22 @@ class Saboteur:
                 await self._own().save_etcd()
             case Action.RESTORE:
                 await self._own().restore_etcd()
+            case Action.COMPACT:
+                await self._own().compact_etcd()
             case Action.JUMP:
                 for host in await self._hosts_of(fault.target):
                     self._own().set_clock(host, fault.hours * 3600)
             case Action.RESTART:
                 await self._restart_all()
             case _:
-                (host,) = await self._hosts_of(fault.target)
-                async with self._disturbed(fault, host):
+                async with AsyncExitStack() as disturbances:
+                    for host in await self._hosts_of(fault.target):
+                        await disturbances.enter_async_context(self._disturbed(fault, host))
                     await asyncio.sleep(fault.seconds)
 
     async def check(self, fault: Fault) -> None:
         """Raises ChaosError if nobody is meant now."""
-        if fault.target.kind in ("request", "everything"):
+        if fault.target.kind in ("request", "everything", "deployment"):
             return
         for pid in await self._processes(fault.target):
             os.kill(pid, 0)
@@ -103,10 +117,32 @@ class Saboteur:
         return await self._hosts_of(fault.target) if fault.action is Action.KILL and fault.seconds else []
 
     async def _processes(self, target: Target) -> list[int]:
-        if self._hosts is not None and target.kind in ("etcd", "worker", "controlplane"):
+        if self._hosts is not None and target.kind in ("etcd", "worker", "node", "nodes", "controlplane"):
             # Also those that the cluster takes for dead.
             return [self._hosts.daemons[name].pid for name in await self._hosts_of(target)]
+        if target.kind in ("node", "nodes"):
+            daemons = [Target.model_validate(f"worker {node}") for node in await self._nodes(target)]
+            return [await self._cluster.find(daemon) for daemon in daemons]
         return [await self._cluster.find(target)]
+
+    async def _nodes(self, target: Target) -> list[str]:
+        return [target.name] if target.kind == "worker" else await self._cluster.nodes_of(target)
+
+    async def _slow(self, fault: Fault) -> None:
+        """It stands still for a part of each short while, as one does whose device is hot or shared."""
+        pid = await self._cluster.find(fault.target)
+        still_s = SLOW_PERIOD_S * fault.percent / 100
+        deadline = asyncio.get_running_loop().time() + fault.seconds
+        # Whoever has had enough of it may end it.
+        with suppress(ProcessLookupError):
+            try:
+                while asyncio.get_running_loop().time() < deadline:
+                    os.kill(pid, signal.SIGSTOP)
+                    await asyncio.sleep(still_s)
+                    os.kill(pid, signal.SIGCONT)
+                    await asyncio.sleep(SLOW_PERIOD_S - still_s)
+            finally:
+                os.kill(pid, signal.SIGCONT)
 
     # ------------------------------------------------------------ hosts
 
@@ -120,6 +156,8 @@ class Saboteur:
             return [*self._own().groups["controlplanes"], *self._own().groups["workers"]]
         if target.kind in ("leader", "standby"):
             return [await self._cluster.name_of(target)]
+        if target.kind in ("node", "nodes"):
+            return await self._cluster.nodes_of(target)
         return self._own().of(target.name or target.kind)
 
     def _disturbed(self, fault: Fault, host: str) -> AbstractAsyncContextManager[None]:
@@ -127,6 +165,8 @@ class Saboteur:
         match fault.action:
             case Action.FILL:
                 return hosts.disk_full(host)
+            case Action.LAG:
+                return hosts.disk_lagging(host, fault.milliseconds)
             case Action.UNPLUG:
                 return hosts.network.unplugged(host)
             case Action.DELAY:
@@ -134,7 +174,20 @@ class Saboteur:
             case _:
                 return hosts.network.losing(losses_of(fault, host, hosts.of(fault.peers)))
 
-    # ------------------------------------------------------------ everything, one after the other
+    # ------------------------------------------------------------ planned changes
+
+    async def _reload(self) -> None:
+        """Return when every replica has its model from the other folder."""
+        before = {replica.id: replica.epoch for replica in (await self._cluster.status()).replicas}
+        await self._cluster.apply(self._own().moved_model())
+        deadline = asyncio.get_running_loop().time() + RETURN_MAX_S
+        while asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(WHEN_POLL_S)
+            with suppress(ChaosError):
+                rows = (await self._cluster.status()).replicas
+                if all(row.phase == READY and row.epoch > before.get(row.id, 0) for row in rows):
+                    return
+        raise ChaosError(f"not every replica was loaded anew within {RETURN_MAX_S:g} s")
 
     async def _restart_all(self) -> None:
         hosts = self._own()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from controlplane.config import ClusterConfig
 from controlplane.runtime.etcd_server import EtcdChild, find_etcd, find_etcdctl
+from controlplane.runtime.records import DeploymentRecord
+from tools.chaos import disk
 from tools.chaos.daemon import Daemon
 from tools.chaos.network import CLIENTS, Network, run
 from tools.chaos.plan import HostsShape
@@ -44,11 +47,14 @@ class Hosts:
             "workers": [f"worker-{index}" for index in range(shape.workers)],
             "clients": [CLIENTS],
         }
+        self._shape = shape
         self._model = model
         self._folder = folder
         self._logs = logs
         self._faketime = _find_faketime() if clock else None
         self._addresses: dict[str, str] = {}
+        # How often the model was given another folder.
+        self._moves = 0
         self._members: dict[str, EtcdChild] = {}
         self._keeping: list[asyncio.Task[None]] = []
 
@@ -62,9 +68,8 @@ class Hosts:
             address = await self.network.add(name)
             await self._make_disk(name)
             self._addresses[name] = address
-        config = self._config()
         self._plan_etcd()
-        self._plan_daemons(config)
+        self._plan_daemons(self._config())
         for daemon in self.daemons.values():
             await daemon.start()
             self._keeping.append(asyncio.create_task(daemon.keep()))
@@ -78,6 +83,7 @@ class Hosts:
         for name in self._addresses:
             # Lazily: a dying rank may hold it for a moment.
             await run("umount", "--lazy", str(self._disk(name)))
+        await self.network.stop()
 
     @property
     def addresses(self) -> list[str]:
@@ -104,11 +110,15 @@ class Hosts:
     async def disk_full(self, host: str) -> AsyncIterator[None]:
         """Meanwhile there is no room on the disk that holds its state."""
         filler = self._disk(host) / "filler"
-        _fill(filler)
+        disk.fill(filler)
         try:
             yield
         finally:
             filler.unlink(missing_ok=True)
+
+    def disk_lagging(self, host: str, milliseconds: int) -> AbstractAsyncContextManager[None]:
+        """Meanwhile what runs there waits so much longer for each write to be safe. Raises DiskError."""
+        return disk.lagging(self.daemons[host].pid, milliseconds)
 
     def set_clock(self, host: str, ahead_s: float) -> None:
         """Its wall clock goes so far ahead of this machine's; what counts monotonic time notices nothing."""
@@ -116,6 +126,19 @@ class Hosts:
         partial = file.with_suffix(".partial")
         partial.write_text(f"{ahead_s:+f}\n")
         partial.replace(file)
+
+    # ------------------------------------------------------------ what is desired
+
+    def moved_model(self) -> DeploymentRecord:
+        """The deployment with the same model in another folder, which is another model to the cluster."""
+        self._moves += 1
+        folder = self._folder / f"move-{self._moves}"
+        folder.mkdir()
+        # Clients go on to ask for it by the last part of its path.
+        path = folder / self._model.name
+        path.symlink_to(self._model)
+        config = self._config()
+        return config.with_model(path, config.model_name).deployment()
 
     # ------------------------------------------------------------ etcd as a whole
 
@@ -142,30 +165,44 @@ class Hosts:
             for member in members:
                 member.release()
 
+    async def compact_etcd(self) -> None:
+        """Have it forget everything but the present. Raises HostsError."""
+        answer = json.loads(await self._etcdctl("put", "chaos", "compacted", "--write-out=json"))
+        await self._etcdctl("compaction", str(answer["header"]["revision"]))
+
     @property
     def _snapshot(self) -> Path:
         return self._folder / "etcd.snapshot"
 
-    async def _etcdctl(self, *arguments: str) -> None:
-        first = next(iter(self._members.values()))
+    async def _etcdctl(self, *arguments: str) -> str:
+        """What it prints. One that takes a snapshot asks one member."""
+        members = list(self._members.values())[: 1 if arguments[0] == "snapshot" else None]
+        endpoints = ",".join(member.endpoint for member in members)
         process = await asyncio.create_subprocess_exec(
-            *(str(find_etcdctl()), f"--endpoints={first.endpoint}", *arguments),
+            *(str(find_etcdctl()), f"--endpoints={endpoints}", *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
         output, _ = await process.communicate()
         if process.returncode:
             raise HostsError(f"etcdctl {' '.join(arguments[:2])}: {output.decode(errors='replace').strip()}")
+        return output.decode()
 
     # ------------------------------------------------------------ what runs where
 
     def _config(self) -> ClusterConfig:
+        # All hosts share this machine's cores and memory.
+        model = {"path": str(self._model), "cpu_threads": 1, "kv_cache_tokens": KV_CACHE_TOKENS}
+        settings = self._shape.settings
+        devices = [f"cpu:{index}" for index in range(self._shape.devices)]
         return ClusterConfig.model_validate(
             {
+                **settings,
+                "model": {**model, **settings.get("model", {})},
                 "cluster": {
                     "name": "chaos",
                     "nodes": [
-                        {"name": name, "host": self._addresses[name], "ports": [WORKER_PORT], "devices": ["cpu:0"]}
+                        {"name": name, "host": self._addresses[name], "ports": [WORKER_PORT], "devices": devices}
                         for name in self.groups["workers"]
                     ],
                     "controlplanes": [
@@ -176,8 +213,6 @@ class Hosts:
                         "endpoints": [f"{self._addresses[name]}:{ETCD_CLIENT_PORT}" for name in self.groups["etcd"]]
                     },
                 },
-                # All hosts share this machine's cores and memory.
-                "model": {"path": str(self._model), "cpu_threads": 1, "kv_cache_tokens": KV_CACHE_TOKENS},
             }
         )
 
@@ -241,17 +276,6 @@ class Hosts:
 
     def _log(self, host: str) -> Path:
         return self._logs / f"{host}.log"
-
-
-def _fill(path: Path) -> None:
-    """Take all the room that there is, down to the last byte."""
-    with path.open("wb", buffering=0) as file:
-        size = 1 << 20
-        while size:
-            try:
-                file.write(b"\0" * size)
-            except OSError:
-                size //= 2
 
 
 def _find_faketime() -> Path:

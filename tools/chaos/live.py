@@ -10,12 +10,16 @@ from typing import TypeVar
 
 import grpc.aio
 
+from controlplane.runtime.codec import Codec
+from controlplane.runtime.records import DeploymentRecord
 from protos.perdure.v1 import admin_pb2, admin_pb2_grpc
-from tools.chaos.plan import Target
+from tools.chaos.fault import Target
 from tools.ctl.views import enum_word
 from tools.up.state import RunningCluster
 
 T = TypeVar("T")
+
+_SPEC = Codec(DeploymentRecord, admin_pb2.DeploymentSpec)
 
 CALL_S = 2.0
 POLL_S = 0.2
@@ -62,6 +66,14 @@ class LiveCluster:
         answer = await self._ask(lambda stub: stub.ListRequests(request, timeout=CALL_S))
         return list(answer.requests)
 
+    async def scale(self, deployment: str, replicas: int) -> None:
+        scale = admin_pb2.ScaleRequest(deployment=deployment, replicas=replicas)
+        await self._ask(lambda stub: stub.Scale(scale, timeout=CALL_S))
+
+    async def apply(self, record: DeploymentRecord) -> None:
+        apply = admin_pb2.ApplyRequest(deployment=_SPEC.to_proto(record))
+        await self._ask(lambda stub: stub.Apply(apply, timeout=CALL_S))
+
     async def drain(self, node: str, *, leave_ms: int = 0) -> None:
         """`leave_ms`: its daemon has so long for it, and then ends."""
         drain = admin_pb2.DrainRequest(node=node, deadline_ms=leave_ms, exit=leave_ms > 0)
@@ -82,6 +94,19 @@ class LiveCluster:
         if target.kind != "standby" or not others:
             raise ChaosError(f"the cluster has no {target} now")
         return others[0]
+
+    async def nodes_of(self, target: Target) -> list[str]:
+        """The nodes on which a rank, or a whole replica, runs now. Raises ChaosError."""
+        members = [
+            member
+            for replica in (await self.status()).replicas
+            if replica.id == target.name
+            for member in replica.members
+            if target.kind == "nodes" or member.rank == target.rank
+        ]
+        if not members:
+            raise ChaosError(f"the cluster has no {target} now")
+        return sorted({member.node for member in members})
 
     async def wait_whole(self, limit_s: float) -> None:
         """Return once there is a leader, everybody is there, and every replica of every deployment is ready. Raises

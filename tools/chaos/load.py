@@ -33,10 +33,9 @@ class Stream:
     def over(self) -> bool:
         return bool(self.finish or self.error)
 
-    @property
-    def longest_gap_s(self) -> float:
-        """Longest silence between two events."""
-        return max((after - before for before, after in pairwise(self.times)), default=0.0)
+    def longest_gap_s(self, since: float = 0.0) -> float:
+        """Longest silence between two events, as far as it was after `since` (time.monotonic)."""
+        return max((after - max(before, since) for before, after in pairwise(self.times)), default=0.0)
 
 
 @dataclass(slots=True)

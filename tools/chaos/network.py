@@ -58,7 +58,7 @@ def enter_namespaces() -> None:
 
 
 class Network:
-    """The hosts and their cables. Made once, in namespaces of its own."""
+    """The hosts and their cables, in namespaces of their own. `start`, `add` each, and in the end `stop`."""
 
     def __init__(self) -> None:
         self._addresses = {CLIENTS: f"{_SUBNET}.1"}
@@ -74,6 +74,16 @@ class Network:
         await run("ip", "link", "add", _BRIDGE, "type", "bridge")
         await run("ip", "address", "add", f"{self._addresses[CLIENTS]}/24", "dev", _BRIDGE)
         await run("ip", "link", "set", _BRIDGE, "up")
+
+    async def stop(self) -> None:
+        """Take all hosts and cables down, so that others can be put up."""
+        for host in self.hosts:
+            if host != CLIENTS:
+                # With its namespace, once nobody runs there any more, goes the other end too.
+                await run("ip", "link", "delete", _port(host))
+                await run("ip", "netns", "delete", host)
+        await run("ip", "link", "delete", _BRIDGE)
+        await run("umount", str(NAMESPACES))
 
     async def add(self, host: str) -> str:
         """A new host; its address."""

@@ -14,8 +14,8 @@ import grpc.aio
 
 from controlplane.runtime.ids import draw_id
 from protos.perdure.v1 import inference_pb2, inference_pb2_grpc
+from tools.chaos.fault import Target
 from tools.chaos.live import ChaosError, LiveCluster
-from tools.chaos.plan import Target
 
 BLAMED_MAX = 2
 """Replicas that a request may hurt: once beside others, once alone. A signal between two steps blames nobody."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -21,33 +22,37 @@ MARKED = {"node_lost": "tab:orange", "leader_elected": "tab:purple", "replica_re
 """Events that a picture shows, as dotted lines."""
 
 
-def write_report(result: Result, folder: Path) -> None:
-    """Write the report as far as the run has come, and the picture of its last round, into `folder`."""
+def write_report(results: Sequence[Result], folder: Path) -> None:
+    """Write the report as far as the run has come, and the picture of its last round, into `folder`. `results`: of one
+    cluster after the other."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw(result.rounds[-1], folder / _picture(len(result.rounds)))
-    (folder / REPORT).write_text(render(result), encoding="utf-8")
+    rounds = [outcome for result in results for outcome in result.rounds]
+    draw(rounds[-1], folder / _picture(len(rounds)))
+    (folder / REPORT).write_text(render(results), encoding="utf-8")
 
 
-def render(result: Result) -> str:
+def render(results: Sequence[Result]) -> str:
     """The whole report as Markdown."""
-    usual = result.undisturbed.longest_gap_s
-    failed = sum(not outcome.passed for outcome in result.rounds)
-    count = len(result.undisturbed.load.streams)
-    verdict = "Every stream ended as if nothing had been." if not failed else f"**{failed} rounds failed.**"
+    rounds = [outcome for result in results for outcome in result.rounds]
+    failed = sum(not outcome.passed for outcome in rounds)
+    count = max(len(result.undisturbed.load.streams) for result in results)
+    verdict = (
+        "Every stream ended as if nothing had been." if not failed else f"**{failed} of {len(rounds)} rounds failed.**"
+    )
     lines = [
         "# Chaos report",
         "",
-        f"{verdict} {count} streams at a time; the longest gap of the undisturbed run was {usual * 1000:.0f} ms.",
+        f"{verdict} {count} streams at a time, in the row before the rounds of a cluster undisturbed.",
         "",
         "| | round | verdict | streams as undisturbed | new requests served | longest gap, ms "
         "| slowest new request, ms | failed replicas: first token again, served again (ms) | whole again, s |",
         "|---|---|---|---|---|---|---|---|---|",
-        *(_row(number, outcome) for number, outcome in enumerate((result.undisturbed, *result.rounds))),
+        *_rows(results),
         "",
-        "*Longest gap*: between two events at one client. *First token again*, *served again*: since the failure was "
-        "noticed. *Whole again*: since the round's last stream ended.",
+        "*Longest gap*: between two events at one client, after the first fault. *First token again*, *served again*: "
+        "since the failure was noticed. *Whole again*: since the round's last stream ended.",
     ]
-    for number, outcome in enumerate(result.rounds, 1):
+    for number, outcome in enumerate(rounds, 1):
         lines += ["", f"## {number}. {outcome.title}: {outcome.verdict}", "", *_story(outcome)]
         lines += ["", f"![each stream's events and the faults]({_picture(number)})"]
     return "\n".join(lines) + "\n"
@@ -101,14 +106,26 @@ def _picture(number: int) -> str:
     return f"round-{number:02}.png"
 
 
-def _row(number: int, outcome: Outcome) -> str:
+def _rows(results: Sequence[Result]) -> list[str]:
+    rows: list[str] = []
+    number = 0
+    for result in results:
+        title = f"*{result.name}: undisturbed*" if result.name else "*undisturbed*"
+        rows.append(_row(None, title, result.undisturbed))
+        for outcome in result.rounds:
+            number += 1
+            rows.append(_row(number, outcome.title, outcome))
+    return rows
+
+
+def _row(number: int | None, title: str, outcome: Outcome) -> str:
     streams, new = outcome.load.streams, outcome.load.new
     same = len(streams) - len(outcome.differing)
     asked = new.served + len(new.failed)
     phases = "; ".join(_phases(outcome)) or "none"
     whole = f"{outcome.whole_s:.1f}" if outcome.whole_s else "never"
     return (
-        f"| {number or ''} | {outcome.title} | {outcome.verdict} | {same} of {len(streams)} | {new.served} of {asked} "
+        f"| {number or ''} | {title} | {outcome.verdict} | {same} of {len(streams)} | {new.served} of {asked} "
         f"| {outcome.longest_gap_s * 1000:.0f} | {new.longest_s * 1000:.0f} | {phases} | {whole} |"
     )
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 
 from protos.perdure.v1 import admin_pb2
 from tools.chaos.chronicle import Chronicle
+from tools.chaos.disk import DiskError
+from tools.chaos.fault import Fault
 from tools.chaos.faults import Saboteur
 from tools.chaos.hosts import Hosts, HostsError
 from tools.chaos.live import POLL_S, ChaosError, LiveCluster
 from tools.chaos.load import Load, Stream
 from tools.chaos.network import NetworkError
-from tools.chaos.plan import Fault, Plan
+from tools.chaos.plan import Plan
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +46,9 @@ class Outcome:
 
     @property
     def longest_gap_s(self) -> float:
-        return max((stream.longest_gap_s for stream in self.load.streams), default=0.0)
+        """Of all streams, since the first fault."""
+        since = min((at for at, _ in self.inflicted), default=self.begun)
+        return max((stream.longest_gap_s(since) for stream in self.load.streams), default=0.0)
 
     @property
     def passed(self) -> bool:
@@ -60,6 +64,8 @@ class Outcome:
 class Result:
     """A plan's run."""
 
+    # Of the cluster; empty if nobody named it.
+    name: str = ""
     undisturbed: Outcome
     rounds: Sequence[Outcome]
 
@@ -88,11 +94,11 @@ async def run_plan(
         await _run_round(plan, part.faults, cluster, hosts, outcome)
         outcome.differing = differing(outcome.load.streams, undisturbed.load.streams)
         say(f"{part.title}: {outcome.verdict}, longest gap {outcome.longest_gap_s * 1000:.0f} ms")
-        save(Result(undisturbed=undisturbed, rounds=outcomes))
+        save(Result(name=plan.name, undisturbed=undisturbed, rounds=outcomes))
         if not outcome.whole_s:
             # No later round could be judged.
             break
-    return Result(undisturbed=undisturbed, rounds=outcomes)
+    return Result(name=plan.name, undisturbed=undisturbed, rounds=outcomes)
 
 
 def differing(streams: Sequence[Stream], undisturbed: Sequence[Stream]) -> dict[int, str]:
@@ -158,7 +164,7 @@ async def _inflict(fault: Fault, cluster: LiveCluster, hosts: Hosts | None, outc
                 tasks.create_task(saboteur.inflict(fault))
         if fault.seconds:
             note(f"over: {fault}")
-    except* (ChaosError, HostsError, NetworkError, ProcessLookupError) as errors:
+    except* (ChaosError, HostsError, NetworkError, DiskError, ProcessLookupError) as errors:
         outcome.problems += [f"{fault}: {error}" for error in errors.exceptions]
 
 
