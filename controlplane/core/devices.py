@@ -52,13 +52,13 @@ def siblings(state: ClusterState) -> Mapping[tuple[DeploymentId, NodeId], int]:
 
 def _free_node(state: ClusterState, node: Node, taken: set[str]) -> FreeNode:
     if len(taken) >= len(node.devices):
-        return FreeNode(node=node.node, host=node.host, free=())
+        return FreeNode(node=node.node, host=node.address, free=())
     devices = [
         _free_device(state, node, device.id)
         for device in node.devices
         if device.id not in taken and device.id not in node.sick and _is_up(node, device.id)
     ]
-    return FreeNode(node=node.node, host=node.host, free=tuple(devices))
+    return FreeNode(node=node.node, host=node.address, free=tuple(devices))
 
 
 def _is_up(node: Node, device: str) -> bool:

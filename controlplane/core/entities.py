@@ -147,6 +147,12 @@ class Node:
     reason: Reason | None = None
 
     @property
+    def address(self) -> str:
+        """Where others reach it, without a port. Its ranks meet there: what a machine calls itself (`host`) need not be
+        known elsewhere, and is often a name for its loopback."""
+        return self.serve_address.rpartition(":")[0].strip("[]")
+
+    @property
     def placeable(self) -> bool:
         """New ranks may be placed here."""
         return self.phase is NodePhase.LIVE and self.known

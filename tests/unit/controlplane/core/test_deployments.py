@@ -22,12 +22,12 @@ from controlplane.core.messages import (
     WriteDeployment,
     WritePlacement,
 )
-from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId, RequestId
+from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId, RequestId
 from controlplane.runtime.messages.common import ParallelDegrees, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import RouteBatch
 from controlplane.runtime.records import DeploymentRecord
 from tests.scenario.coordinator.model import Cluster
-from tests.scenario.coordinator.peers import deployment, entry
+from tests.scenario.coordinator.peers import deployment, entry, snapshot_of
 
 M = DeploymentId("m")
 
@@ -248,3 +248,12 @@ def test_scaling_what_is_not_there_is_refused() -> None:
     answer = answer_of(started().step(AdminAsked(AskId(1), ScaleAsked(DeploymentId("x"), 2))))
     assert answer.error is not None
     assert answer.error.kind is ReasonKind.UNKNOWN_ID
+
+
+def test_ranks_meet_at_the_address_of_their_node_and_not_at_what_its_machine_calls_itself() -> None:
+    cluster = started(replicas=0)
+    worker = cluster.workers[NodeId("w1")]
+    cluster.hello(worker, serve_address="[fd00::1]:7800")
+    cluster.say(worker, snapshot_of(worker))
+    made = [effect for effect in apply(cluster, deployment(replicas=1)) if isinstance(effect, WritePlacement)]
+    assert [member.host for member in made[0].record.members] == ["fd00::1"]
