@@ -175,7 +175,7 @@ class FencedCount(_message.Message):
     def __init__(self, frame: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("cluster", "leader", "nodes", "replicas", "gateways", "deployments", "fenced", "timing", "answered_by")
+    __slots__ = ("cluster", "leader", "nodes", "replicas", "gateways", "deployments", "fenced", "timing", "answered_by", "answerer", "limited")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     LEADER_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +185,8 @@ class StatusResponse(_message.Message):
     FENCED_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_BY_FIELD_NUMBER: _ClassVar[int]
+    ANSWERER_FIELD_NUMBER: _ClassVar[int]
+    LIMITED_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     leader: LeaderStatus
     nodes: _containers.RepeatedCompositeFieldContainer[NodeStatus]
@@ -194,7 +196,9 @@ class StatusResponse(_message.Message):
     fenced: _containers.RepeatedCompositeFieldContainer[FencedCount]
     timing: _common_pb2.TimingSpec
     answered_by: str
-    def __init__(self, cluster: _Optional[str] = ..., leader: _Optional[_Union[LeaderStatus, _Mapping]] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., deployments: _Optional[_Iterable[_Union[DeploymentStatus, _Mapping]]] = ..., fenced: _Optional[_Iterable[_Union[FencedCount, _Mapping]]] = ..., timing: _Optional[_Union[_common_pb2.TimingSpec, _Mapping]] = ..., answered_by: _Optional[str] = ...) -> None: ...
+    answerer: str
+    limited: _common_pb2.Reason
+    def __init__(self, cluster: _Optional[str] = ..., leader: _Optional[_Union[LeaderStatus, _Mapping]] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[GatewayStatus, _Mapping]]] = ..., deployments: _Optional[_Iterable[_Union[DeploymentStatus, _Mapping]]] = ..., fenced: _Optional[_Iterable[_Union[FencedCount, _Mapping]]] = ..., timing: _Optional[_Union[_common_pb2.TimingSpec, _Mapping]] = ..., answered_by: _Optional[str] = ..., answerer: _Optional[str] = ..., limited: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ...) -> None: ...
 
 class ListRequestsRequest(_message.Message):
     __slots__ = ()
@@ -233,12 +237,14 @@ class ListRequestsResponse(_message.Message):
     def __init__(self, requests: _Optional[_Iterable[_Union[RequestStatus, _Mapping]]] = ...) -> None: ...
 
 class EventsRequest(_message.Message):
-    __slots__ = ("follow", "last")
+    __slots__ = ("follow", "last", "own")
     FOLLOW_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
     follow: bool
     last: int
-    def __init__(self, follow: _Optional[bool] = ..., last: _Optional[int] = ...) -> None: ...
+    own: bool
+    def __init__(self, follow: _Optional[bool] = ..., last: _Optional[int] = ..., own: _Optional[bool] = ...) -> None: ...
 
 class EventsResponse(_message.Message):
     __slots__ = ("seq", "wall_ms", "name", "node", "replica", "epoch", "request", "reason", "details", "term")
@@ -310,20 +316,22 @@ class CancelRequestResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("deployment", "model", "replicas", "spec", "recovery_strategy", "max_retries")
+    __slots__ = ("deployment", "model", "replicas", "spec", "recovery_strategy", "max_retries", "slow_nodes")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     RECOVERY_STRATEGY_FIELD_NUMBER: _ClassVar[int]
     MAX_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    SLOW_NODES_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     model: str
     replicas: int
     spec: _common_pb2.ReplicaSpec
     recovery_strategy: str
     max_retries: int
-    def __init__(self, deployment: _Optional[str] = ..., model: _Optional[str] = ..., replicas: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., recovery_strategy: _Optional[str] = ..., max_retries: _Optional[int] = ...) -> None: ...
+    slow_nodes: str
+    def __init__(self, deployment: _Optional[str] = ..., model: _Optional[str] = ..., replicas: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., recovery_strategy: _Optional[str] = ..., max_retries: _Optional[int] = ..., slow_nodes: _Optional[str] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("deployment",)
@@ -396,3 +404,13 @@ class ScaleRequest(_message.Message):
 class ScaleResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ("incarnation",)
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    def __init__(self, incarnation: _Optional[str] = ...) -> None: ...

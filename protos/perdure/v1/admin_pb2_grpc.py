@@ -79,6 +79,11 @@ class AdminStub:
                 request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/perdure.v1.Admin/Leave',
+                request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.LeaveResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -140,6 +145,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """The process that is asked leaves in order and exits, as at SIGTERM; whatever supervises it starts it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -187,6 +199,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
                     response_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.LeaveRequest.FromString,
+                    response_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.LeaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -432,6 +449,33 @@ class Admin:
             '/perdure.v1.Admin/Scale',
             protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
             protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.Admin/Leave',
+            protos_dot_perdure_dot_v1_dot_admin__pb2.LeaveRequest.SerializeToString,
+            protos_dot_perdure_dot_v1_dot_admin__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,
