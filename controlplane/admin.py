@@ -6,7 +6,7 @@ this process sees, and everything else is UNAVAILABLE with the reason.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
@@ -30,7 +30,7 @@ from controlplane.runtime.leader import LeaderWatch
 from controlplane.runtime.messages.common import ReasonKind
 from controlplane.runtime.records import DeploymentRecord
 from controlplane.runtime.timing import Timings, channel_options
-from protos.perdure.v1 import admin_pb2, admin_pb2_grpc
+from protos.perdure.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -43,23 +43,31 @@ _STATUS_OF = {
 }
 
 
+LEADERLESS = (
+    "no control plane leads, as far as this one can see: gateways go on with the replicas that served last, but failed "
+    "ones stay away, and no operator's change is taken"
+)
+
+
 class AdminServicer(admin_pb2_grpc.AdminServicer):
     """Answers from the coordinator where this process leads, else with what the leader's Admin answers."""
 
-    def __init__(self, coordinator: Coordinator, leader: LeaderWatch, timings: Timings) -> None:
+    def __init__(
+        self, coordinator: Coordinator, leader: LeaderWatch, timings: Timings, leave: Callable[[], None]
+    ) -> None:
+        """`leave` has this process end in order."""
         self._coordinator = coordinator
         self._leader = leader
         self._timings = timings
+        self._leave = leave
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> Any:
         view = self._coordinator.view(status_view)
         if view is None:
             if not self._leader_address:
                 return self._leaderless_status()
-            return await self._ask_leader("Status", request, context)
-        response = codec_of(type(view), admin_pb2.StatusResponse.DESCRIPTOR).to_proto(view)
-        response.answered_by = self._coordinator.identity.name
-        return response
+            return self._signed(await self._ask_leader("Status", request, context))
+        return self._signed(codec_of(type(view), admin_pb2.StatusResponse.DESCRIPTOR).to_proto(view))
 
     async def ListRequests(self, request: admin_pb2.ListRequestsRequest, context: Context) -> Any:
         rows = self._coordinator.view(requests_view)
@@ -76,7 +84,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return admin_pb2.ListFailuresResponse(failures=[codec_of(type(row), descriptor).to_proto(row) for row in rows])
 
     async def Events(self, request: admin_pb2.EventsRequest, context: Context) -> AsyncIterator[Any]:
-        address = self._leader_address
+        address = "" if request.own else self._leader_address
         if self._coordinator.term is None and address:
             async with self._channel_to(address) as channel:
                 async for event in admin_pb2_grpc.AdminStub(channel).Events(request):
@@ -121,6 +129,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         await self._ask(ScaleAsked(DeploymentId(request.deployment), request.replicas), context)
         return admin_pb2.ScaleResponse()
 
+    async def Leave(self, request: admin_pb2.LeaveRequest, context: Context) -> Any:
+        self._leave()
+        return admin_pb2.LeaveResponse(incarnation=self._coordinator.identity.incarnation)
+
     async def _ask(self, body: Wish, context: Context) -> AdminAnswered:
         try:
             answer = await self._coordinator.ask(body)
@@ -159,14 +171,20 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         phases = [row.phase for row in view.nodes if row.id == node] if view is not None else []
         return int(phases[0]) if phases else admin_pb2.NODE_PHASE_UNSPECIFIED
 
-    def _leaderless_status(self) -> admin_pb2.StatusResponse:
+    def _signed(self, status: Any) -> Any:
+        """The answer names this process, whoever gave it."""
         identity = self._coordinator.identity
+        status.answered_by, status.answerer = identity.name, identity.incarnation
+        return status
+
+    def _leaderless_status(self) -> admin_pb2.StatusResponse:
         spec = self._timings.to_spec()
-        return admin_pb2.StatusResponse(
-            cluster=identity.cluster,
-            answered_by=identity.name,
+        response = admin_pb2.StatusResponse(
+            cluster=self._coordinator.identity.cluster,
             timing={
                 "failure_timeout_ms": spec.failure_timeout_ms,
                 "heartbeat_interval_ms": spec.heartbeat_interval_ms,
             },
+            limited={"kind": common_pb2.REASON_KIND_NOT_LEADER, "text": LEADERLESS},
         )
+        return self._signed(response)

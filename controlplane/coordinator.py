@@ -214,7 +214,7 @@ class Coordinator:
             case Lost():
                 self._end_term(item.reason)
             case Muted():
-                self._step(LeaseMuted())
+                self._step(LeaseMuted(self._election.trouble))
             case Heard():
                 self._step(LeaseHeard())
             case _InTerm():

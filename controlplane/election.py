@@ -132,6 +132,11 @@ class Election:
         just after the process was stopped for a while, before any event says so."""
         return self._held is not None and self._keeper.trusted
 
+    @property
+    def trouble(self) -> str:
+        """Why etcd does not renew this process's lease; empty if it does."""
+        return self._keeper.trouble
+
     async def events(self) -> AsyncGenerator[ElectionEvent]:
         """For the one reader."""
         while True:

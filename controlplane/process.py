@@ -170,7 +170,7 @@ class _Process:
         election = self._make_election()
         store = Store(self._client, self._keys, election, self._timings, self._clock, self._dice)
         coordinator = self._make_coordinator(election, store)
-        self._add_services(coordinator)
+        self._add_services(coordinator, stop.set)
         await self._server.start()
         work = asyncio.create_task(self._work(election, store, coordinator))
         try:
@@ -262,12 +262,13 @@ class _Process:
             options.deployment,
         )
 
-    def _add_services(self, coordinator: Coordinator) -> None:
+    def _add_services(self, coordinator: Coordinator, leave: Callable[[], None]) -> None:
         server = self._server
         streams = SessionStreams(coordinator, self._leader, self._timings)
         session_pb2_grpc.add_SessionServicer_to_server(SessionServicer(streams), server)
         route_pb2_grpc.add_RoutingServicer_to_server(RoutingServicer(streams), server)
-        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(coordinator, self._leader, self._timings), server)
+        admin = AdminServicer(coordinator, self._leader, self._timings, leave)
+        admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         channelz.add_channelz_servicer(server)  # pyright: ignore[reportArgumentType]  # takes both kinds of server
         described = [session_pb2.DESCRIPTOR, route_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR]

@@ -59,7 +59,10 @@ class PeersChanged:
 
 @dataclass(frozen=True, slots=True)
 class LeaseMuted:
-    """The local lease deadline passed and etcd does not answer: frozen from now on."""
+    """The local lease deadline passed and etcd did not renew the lease: frozen from now on."""
+
+    # Why it did not, as far as that is known.
+    trouble: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,8 @@ class ClusterState:
     ticked: float | None = None
     grace_s: float = 0.0
     peers: frozenset[str] = frozenset()
+    # While frozen: why etcd does not renew the leader's lease, as far as that is known.
+    trouble: str = ""
     nodes: dict[NodeId, Node] = field(default_factory=dict[NodeId, Node])
     gateways: dict[GatewayId, Gateway] = field(default_factory=dict[GatewayId, Gateway])
     links: dict[ConnectionId, Link] = field(default_factory=dict[ConnectionId, Link])

@@ -123,8 +123,11 @@ def _handle(state: ClusterState, event: Event) -> None:
             deployments.change(state, event.deployment, event.record)
         case PeersChanged():
             state.peers = event.peers
-        case LeaseMuted() | LeaseHeard():
-            _lease(state, heard=isinstance(event, LeaseHeard))
+        case LeaseMuted():
+            _muted(state, event)
+        case LeaseHeard():
+            if state.frozen:
+                _enter_grace(state, Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="etcd answers again"))
         case WriteDone():
             _written(state, event)
         case RevokeDone():
@@ -193,13 +196,12 @@ def _written(state: ClusterState, done: WriteDone) -> None:
         deployments.applied(state, done)
 
 
-def _lease(state: ClusterState, *, heard: bool) -> None:
-    if heard and state.frozen:
-        _enter_grace(state, Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="etcd answers again"))
-    elif not heard and not state.frozen:
+def _muted(state: ClusterState, event: LeaseMuted) -> None:
+    state.trouble = event.trouble
+    if not state.frozen:
         state.phase = LeaderPhase.FROZEN
-        reason = Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the lease may be gone and etcd does not answer")
-        state.record("leader_frozen", reason=reason)
+        text = f"the lease may be gone, and etcd does not renew it{f': {event.trouble}' if event.trouble else ''}"
+        state.record("leader_frozen", reason=Reason(kind=ReasonKind.STORE_UNAVAILABLE, text=text))
 
 
 def _enter_grace(state: ClusterState, reason: Reason) -> None:

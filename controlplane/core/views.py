@@ -20,7 +20,7 @@ from controlplane.runtime.ids import (
     RequestId,
     Term,
 )
-from controlplane.runtime.messages.common import Member, ParallelDegrees, Reason, ReplicaPhase, TimingSpec
+from controlplane.runtime.messages.common import Member, ParallelDegrees, Reason, ReasonKind, ReplicaPhase, TimingSpec
 from controlplane.runtime.messages.session import RankInfo
 from controlplane.runtime.records import DeploymentRecord
 
@@ -89,6 +89,12 @@ class DeploymentStatus:
     reason: str
 
 
+FROZEN = (
+    "the leader cannot use etcd: requests are served and replayed, but nobody is declared dead, nothing is placed, and "
+    "no operator's change is taken"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FencedCount:
     frame: str
@@ -105,8 +111,11 @@ class StatusView:
     deployments: tuple[DeploymentStatus, ...]
     fenced: tuple[FencedCount, ...]
     timing: TimingSpec
+    # What cannot be done now, and why.
+    limited: Reason | None = None
     # Set by whoever answers.
     answered_by: str = ""
+    answerer: Incarnation = Incarnation("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +178,13 @@ def status_view(state: ClusterState, now: float) -> StatusView:
         deployments=tuple(_deployment(deployment) for _, deployment in sorted(state.deployments.items())),
         fenced=tuple(FencedCount(frame=frame, count=count) for frame, count in sorted(state.fenced.items())),
         timing=state.timings.to_spec(),
+        limited=_frozen(state) if state.frozen else None,
     )
+
+
+def _frozen(state: ClusterState) -> Reason:
+    text = f"{FROZEN} ({state.trouble})" if state.trouble else FROZEN
+    return Reason(kind=ReasonKind.STORE_UNAVAILABLE, text=text)
 
 
 def requests_view(state: ClusterState, now: float) -> tuple[RequestStatus, ...]:

@@ -29,7 +29,7 @@ NEVER = float("-inf")
 
 class LeaseEventKind(Enum):
     RENEWED = "renewed"
-    # The lease may have expired: its holder must no longer act on it. etcd has not answered.
+    # The lease may have expired: its holder must no longer act on it. etcd has not answered, or refuses us.
     MUTE = "mute"
     # Renewed after a mute.
     HEARD = "heard"
@@ -79,6 +79,8 @@ class LeaseKeeper:
         self._on_event = on_event
         self._backoff = Backoff(timings, random)
         self._lease = 0
+        # Why the last attempt to renew failed; empty if it did not.
+        self.trouble = ""
         self._trusted_until = NEVER
         self._registered = False
         self._muted = False
@@ -150,6 +152,7 @@ class LeaseKeeper:
             await self._keep()
         except (*ETCD_ERRORS, EtcdLeaseGone) as error:
             log.debug("lease_not_renewed", lease=self._lease, reason=error.reason.text)
+            self.trouble = error.reason.text
             # It may come back restored from a snapshot, with the lease but without the key.
             self._doubted = True
             self._check_trust()
@@ -161,6 +164,7 @@ class LeaseKeeper:
             self._emit(LeaseEventKind.REFUSED, refusal.reason)
             return self._timings.lease_ttl
         self._backoff.reset()
+        self.trouble = ""
         return self._timings.keepalive_period
 
     async def _keep(self) -> None:

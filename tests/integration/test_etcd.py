@@ -31,7 +31,7 @@ from controlplane.runtime.etcd_types import (
 from controlplane.runtime.etcd_watch import PrefixWatch
 from controlplane.runtime.keys import Keys
 from tests.support.cluster import eventually
-from tests.support.etcd import CLOCK, QUICK, TIMINGS, client_of, etcdctl, stopped
+from tests.support.etcd import CLOCK, QUICK, TIMINGS, client_of, etcdctl, pem_files, stopped
 
 T = 2.0
 
@@ -207,8 +207,8 @@ async def test_credentials_that_nobody_asks_for_are_no_error(etcd: EtcdChild, ke
 
 async def test_tls_with_certificates_of_both_sides(tmp_path: Path, keys: Keys) -> None:
     authority = trustme.CA()
-    server = _pem(authority.issue_cert("127.0.0.1"), tmp_path / "server")
-    ours = _pem(authority.issue_cert("perdure"), tmp_path / "ours")
+    server = pem_files(authority.issue_cert("127.0.0.1"), tmp_path / "server")
+    ours = pem_files(authority.issue_cert("perdure"), tmp_path / "ours")
     ca, other_ca = tmp_path / "ca.pem", tmp_path / "other-ca.pem"
     authority.cert_pem.write_to_path(str(ca))
     trustme.CA().cert_pem.write_to_path(str(other_ca))
@@ -234,13 +234,6 @@ async def test_tls_with_certificates_of_both_sides(tmp_path: Path, keys: Keys) -
     with pytest.raises(EtcdUnavailable):
         await get(ca, None, None)
     await child.stop()
-
-
-def _pem(issued: trustme.LeafCert, path: Path) -> tuple[Path, Path]:
-    cert, key = path.with_suffix(".crt"), path.with_suffix(".key")
-    issued.cert_chain_pems[0].write_to_path(str(cert))
-    issued.private_key_pem.write_to_path(str(key))
-    return cert, key
 
 
 @pytest.mark.parametrize(

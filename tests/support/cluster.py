@@ -27,7 +27,7 @@ import yaml
 from google.protobuf.json_format import MessageToDict
 
 from controlplane.runtime import die_with_parent
-from controlplane.runtime.etcd_server import EtcdChild
+from controlplane.runtime.etcd_server import EtcdChild, EtcdTls
 from protos.perdure.v1 import admin_pb2, admin_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +122,8 @@ class Daemon:
 
 
 class Cluster:
-    """etcd, control planes and workers of one test, below one folder. `replicas`: default one a worker."""
+    """etcd, control planes and workers of one test, below one folder. `replicas`: default one a worker. `etcd`: how its
+    clients show who they are, as in the cluster's file."""
 
     def __init__(
         self,
@@ -135,11 +136,15 @@ class Cluster:
         replicas: int | None = None,
         failure_timeout: float = 3.0,
         heartbeat_interval: float = 0.5,
+        tls: EtcdTls | None = None,
+        etcd: dict[str, str] | None = None,
         **sections: dict[str, Any],
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.etcd = EtcdChild(data_dir=folder / "etcd", log_path=folder / "etcd.log")
+        self.etcd = EtcdChild(data_dir=folder / "etcd", log_path=folder / "etcd.log", tls=tls)
+        endpoint = f"{'https' if tls else 'http'}://{self.etcd.endpoint}"
+        self._etcd: dict[str, Any] = {"endpoints": [endpoint], **(etcd or {})}
         self.controlplanes: dict[str, Daemon] = {}
         self.workers: dict[str, Daemon] = {}
         self._model = model
@@ -151,14 +156,15 @@ class Cluster:
     # ------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Start everything and wait until every replica is ready."""
-        await self.etcd.start()
+        """Start everything, etcd too unless it runs already, and wait until every replica is ready."""
+        if not self.etcd.running:
+            await self.etcd.start()
         controlplanes, workers, devices = self._shape
         config = self._write_config(workers, devices)
         for index in range(controlplanes):
             self._add_controlplane(f"cp{index}", config)
         for index in range(workers):
-            self._add_worker(f"w{index}", devices)
+            self._add_worker(f"w{index}", devices, config)
         for daemon in self.daemons():
             daemon.start()
         await self.wait_ready()
@@ -178,7 +184,7 @@ class Cluster:
         }
         sections = {key: dict(value) for key, value in self._sections.items()}
         document: dict[str, Any] = {
-            "cluster": {"name": "test", "nodes": nodes, "etcd": {"endpoints": [self.etcd.endpoint]}},
+            "cluster": {"name": "test", "nodes": nodes, "etcd": self._etcd},
             "model": {**model, **sections.pop("model", {})},
             "fault_tolerance": {**self._times, **sections.pop("fault_tolerance", {})},
             **sections,
@@ -204,14 +210,13 @@ class Cluster:
             ports=ports,
         )
 
-    def _add_worker(self, name: str, devices: int) -> None:
+    def _add_worker(self, name: str, devices: int, config: Path) -> None:
         ports = {"grpc": free_port()}
         self.workers[name] = Daemon(
             name,
             [
                 "dataplane",
-                *("--etcd", self.etcd.endpoint),
-                *("--cluster", "test"),
+                *("--config", str(config)),
                 *("--node", name),
                 *("--port", str(ports["grpc"])),
                 *("--devices", ",".join(f"cpu:{index}" for index in range(devices))),
@@ -253,10 +258,10 @@ class Cluster:
             response = await admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), timeout=5)
         return MessageToDict(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
-    async def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """All events kept by the leader."""
+    async def events(self, name: str | None = None, *, own: bool = False) -> list[dict[str, Any]]:
+        """All events kept by the leader; `own`: by the control plane that is asked."""
         async with grpc.aio.insecure_channel(self.address(name)) as channel:
-            stream = admin_pb2_grpc.AdminStub(channel).Events(admin_pb2.EventsRequest(), timeout=5)
+            stream = admin_pb2_grpc.AdminStub(channel).Events(admin_pb2.EventsRequest(own=own), timeout=5)
             return [MessageToDict(event, preserving_proto_field_name=True) async for event in stream]
 
     async def failures(self, name: str | None = None) -> list[dict[str, Any]]:
@@ -266,6 +271,14 @@ class Cluster:
             response = await stub.ListFailures(admin_pb2.ListFailuresRequest(), timeout=5)
         document = MessageToDict(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         return document["failures"]
+
+    async def readiness(self, name: str | None = None) -> tuple[int, str]:
+        """/ready of a gateway: its status, and what it says."""
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session,
+            session.get(f"{self.url(name)}/ready") as reply,
+        ):
+            return reply.status, (await reply.json())["reason"]
 
     async def ready_replicas(self) -> dict[str, dict[str, Any]]:
         status = await self.status()
@@ -287,13 +300,8 @@ class Cluster:
         return await eventually(f"{wanted} replicas ready", ready, READY_S)
 
     async def _all_serve(self) -> bool:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
-            for name, daemon in self.controlplanes.items():
-                if daemon.running:
-                    async with session.get(f"{self.url(name)}/ready") as reply:
-                        if reply.status != 200:
-                            return False
-        return True
+        running = [name for name, daemon in self.controlplanes.items() if daemon.running]
+        return all([(await self.readiness(name))[0] == 200 for name in running])
 
     async def leader(self) -> Daemon:
         """The control plane that leads."""

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
+import trustme
 
 from controlplane.runtime.clock import SystemClock
 from controlplane.runtime.etcd import EtcdClient
@@ -127,9 +128,18 @@ def stopped(child: EtcdChild) -> Iterator[None]:
         os.kill(child.pid, signal.SIGCONT)
 
 
-def etcdctl(child: EtcdChild, *arguments: str) -> str:
+def etcdctl(child: EtcdChild, *arguments: str, given: str = "") -> str:
+    """What it prints when it is given so much on its standard input."""
     command = [str(find_etcdctl()), f"--endpoints={child.endpoint}", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20, input=given).stdout
+
+
+def pem_files(issued: trustme.LeafCert, path: Path) -> tuple[Path, Path]:
+    """Certificate and key in files beside each other."""
+    cert, key = path.with_suffix(".crt"), path.with_suffix(".key")
+    issued.cert_chain_pems[0].write_to_path(str(cert))
+    issued.private_key_pem.write_to_path(str(key))
+    return cert, key
 
 
 def save_snapshot(child: EtcdChild, path: Path) -> None:

@@ -27,6 +27,7 @@ def status_tables(status: Row) -> Group:
         )
     parts: list[RenderableType] = [
         head,
+        *([Text(status["limited"], style="yellow")] if status["limited"] else []),
         deployments_table(status["deployments"]),
         nodes_table(status["nodes"]),
         replicas_table(status["replicas"]),

@@ -21,6 +21,7 @@ def status_view(status: admin_pb2.StatusResponse) -> Row:
     return {
         "cluster": status.cluster,
         "answered_by": status.answered_by,
+        "limited": status.limited.text,
         "leader": leader_view(status),
         "nodes": nodes_view(status),
         "replicas": replicas_view(status),

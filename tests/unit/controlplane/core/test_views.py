@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from controlplane.core.entities import LeaderPhase, NodePhase
+from controlplane.core.messages import LeaseHeard, LeaseMuted
 from controlplane.core.views import RequestStatus, StatusView, requests_view, status_view
 from controlplane.runtime.codec import codec_of
 from controlplane.runtime.ids import DeploymentId
@@ -37,6 +38,17 @@ def test_status() -> None:
     (shown,) = view.deployments
     assert (shown.replicas, shown.ready, shown.reason) == (2, 1, "m-1: m-1 needs 1 device, 0 free")
     assert [(one.frame, one.count) for one in view.fenced] == [("Heartbeat", 1)]
+
+
+def test_what_a_frozen_leader_cannot_do_is_told_with_its_reason() -> None:
+    cluster = serving()
+    assert status_view(cluster.state, cluster.now).limited is None
+    cluster.step(LeaseMuted("etcd at e:2379: permission denied"))
+    limited = status_view(cluster.state, cluster.now).limited
+    assert limited is not None
+    assert limited.text.endswith("no operator's change is taken (etcd at e:2379: permission denied)")
+    cluster.step(LeaseHeard())
+    assert status_view(cluster.state, cluster.now).limited is None
 
 
 def test_ranks_are_shown_as_they_come_up() -> None:

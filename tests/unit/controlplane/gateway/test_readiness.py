@@ -11,12 +11,14 @@ from controlplane.runtime.messages.route import ReplicaTable
 from tests.unit.controlplane.gateway.builders import TIMINGS, W1, Core, row, tokens
 
 
-def ready(core: Core, *, leaderless_for: float = 0.0, heard_ago: float | None = 0.0) -> tuple[bool, str]:
+def ready(
+    core: Core, *, leaderless_for: float = 0.0, frozen: bool = False, heard_ago: float | None = 0.0
+) -> tuple[bool, str]:
     def heard_at(worker: WorkerKey) -> float | None:
         assert worker == W1
         return None if heard_ago is None else core.now - heard_ago
 
-    return readiness(core.state, core.now, leaderless_for=leaderless_for, heard_at=heard_at)
+    return readiness(core.state, core.now, leaderless_for=leaderless_for, frozen=frozen, heard_at=heard_at)
 
 
 def told(phase: ReplicaPhase = ReplicaPhase.READY) -> Core:
@@ -55,6 +57,14 @@ def test_a_replica_that_prefills_is_judged_by_its_leader():
     assert ready(core)[0]
 
 
-def test_without_a_leader_nothing_new_can_be_routed():
-    assert ready(told(), leaderless_for=TIMINGS.session_silence + 0.1) == (False, "no leading coordinator for 1.6 s")
-    assert ready(told(), leaderless_for=TIMINGS.session_silence - 0.1)[0]
+def test_without_a_leader_it_serves_with_the_replicas_that_it_knows_and_says_so():
+    long = TIMINGS.session_silence + 0.1
+    assert ready(told(), leaderless_for=long) == (True, f"replica r-{W1} can serve; no leading coordinator for 1.6 s")
+    assert ready(Core(), leaderless_for=long) == (False, "no replica exists; no leading coordinator for 1.6 s")
+    assert ready(told(), leaderless_for=TIMINGS.session_silence - 0.1) == (True, f"replica r-{W1} can serve")
+
+
+def test_a_leader_that_cannot_reach_etcd_is_told_of():
+    serves, why = ready(told(), frozen=True)
+    assert serves
+    assert why.endswith("cannot use etcd: it routes, but places nothing")
