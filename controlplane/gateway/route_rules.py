@@ -46,7 +46,8 @@ def on_leader_opened(state: GatewayState, term: Term) -> list[Effect]:
 
 def on_leader_lost(state: GatewayState, now: float) -> list[Effect]:
     state.leader_up = False
-    state.leaderless_from = now + 2 * state.timings.heartbeat_interval
+    # A successor of one that is provably dead is elected sooner.
+    state.leaderless_from = now + state.timings.heartbeat_interval
     effects: list[Effect] = []
     for journal in state.journals.values():
         if journal.phase == JournalPhase.ROUTING:

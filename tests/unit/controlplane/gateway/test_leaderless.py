@@ -24,7 +24,7 @@ from tests.unit.controlplane.gateway.builders import (
     said,
 )
 
-AWAY_S = 2 * TIMINGS.heartbeat_interval
+AWAY_S = TIMINGS.heartbeat_interval
 
 
 def left_alone() -> Core:
