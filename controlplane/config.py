@@ -136,6 +136,8 @@ class FaultToleranceSection(Section):
     checkpoint_interval: Annotated[int, Field(ge=0)] = 0
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
     recovery_strategy: Literal["checkpoint_restart", "elastic_scaling"] = "checkpoint_restart"
+    # What becomes of a node that is several times slower than its equals for a while.
+    slow_nodes: Literal["report", "drain"] = "report"
     failure_timeout: float = 3.0
     heartbeat_interval: float = 0.5
 
@@ -243,6 +245,7 @@ class ClusterConfig(Section):
             replicas=self.replicas,
             recovery_strategy=recovery.recovery_strategy,
             max_retries=recovery.max_retries if recovery.enable else 0,
+            slow_nodes=recovery.slow_nodes,
         )
 
     def with_etcd(self, endpoints: list[str]) -> ClusterConfig:

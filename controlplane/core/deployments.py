@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from itertools import count, islice
 
+from controlplane.core import slowness
 from controlplane.core.degrees import named
 from controlplane.core.devices import free_nodes, may_place, siblings
 from controlplane.core.elastic import ELASTIC, choices, is_shrunk, may_grow
@@ -27,6 +28,7 @@ from controlplane.runtime.records import DeploymentRecord, PlacementRecord
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 NAME_LENGTH_MAX = 63
 
+SLOW_NODES = ("report", slowness.DRAIN)
 STRATEGIES = ("checkpoint_restart", ELASTIC)
 
 
@@ -84,6 +86,10 @@ def fault_of(state: ClusterState, record: DeploymentRecord) -> Reason | None:
         (
             record.recovery_strategy not in STRATEGIES,
             f"recovery_strategy: {record.recovery_strategy!r} is none of {', '.join(STRATEGIES)}",
+        ),
+        (
+            record.slow_nodes not in SLOW_NODES,
+            f"slow_nodes: {record.slow_nodes!r} is none of {', '.join(SLOW_NODES)}",
         ),
         (bool(rivals), f"model: {record.model!r} is served by another deployment"),
     )

@@ -20,9 +20,14 @@ def drain_asked(state: ClusterState, ask: AskId, asked: DrainAsked) -> None:
     left_s = asked.deadline_ms / 1000 or state.timings.drain
     reason = Reason(kind=ReasonKind.DRAINING, text="an operator drains the node", node=node.node)
     if node.drain is None:
-        state.send_worker(node, DrainNode(deadline_ms=round(left_s * 1000), reason=reason, exit=asked.exit))
-        drain(state, node, Drain(reason, left_s))
+        send_away(state, node, Drain(reason, left_s), leave=asked.exit)
     state.emit(AdminAnswered(ask, None))
+
+
+def send_away(state: ClusterState, node: Node, begun: Drain, *, leave: bool = False) -> None:
+    """Drain a node that did not ask for it. `leave`: its daemon exits afterwards."""
+    state.send_worker(node, DrainNode(deadline_ms=round(begun.left_s * 1000), reason=begun.reason, exit=leave))
+    drain(state, node, begun)
 
 
 def leaving(state: ClusterState, node: Node, said: Leaving) -> None:

@@ -1,19 +1,25 @@
 """A replica whose steps take several times as long as its equals': a hot, throttled or shared device. Told, not judged:
-it serves, and the scheduler already sends it less.
+it serves, and the scheduler already sends it less. If its deployment says so, its node is drained, as long as nobody
+else is missing.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median
 
-from controlplane.core.entities import SERVING_PHASES, Replica
+from controlplane.core import drains
+from controlplane.core.entities import SERVING_PHASES, Drain, Replica
 from controlplane.core.prediction import lone_step_s
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import DeploymentId
-from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase, ReplicaSpec
 
 SLOW = 3.0
 """Times the typical step of its equals; noise stays well below, and the scheduler's own correction too."""
+
+DRAIN = "drain"
+"""What a deployment says of slow nodes to have them drained."""
 
 EQUALS_MIN = 3
 """Replicas at work, with the slow one: of two nobody can say which is the odd one."""
@@ -41,8 +47,23 @@ def _compare(state: ClusterState, equals: list[Replica], passed_s: float) -> Non
             replica.slow_s = 0.0
             continue
         before, replica.slow_s = replica.slow_s, replica.slow_s + passed_s
-        if before < state.timings.slow_for <= replica.slow_s:
-            state.record("replica_slowed", replica=replica, reason=_reason(replica, factor))
+        if replica.slow_s < state.timings.slow_for:
+            continue
+        reason = _reason(replica, factor)
+        if before < state.timings.slow_for:
+            state.record("replica_slowed", replica=replica, reason=reason)
+        _drain(state, replica, reason)
+
+
+def _drain(state: ClusterState, replica: Replica, reason: Reason) -> None:
+    """Send its node away, if that is wanted and nobody else is missing. Which of several nodes is the slow one, their
+    common steps do not tell."""
+    deployment, node = state.deployments[replica.deployment], state.nodes[replica.nodes[0]]
+    others = [other for other in deployment.replicas.values() if other is not replica]
+    if deployment.record.slow_nodes != DRAIN or len(replica.nodes) > 1 or node.drain is not None or state.frozen:
+        return
+    if all(other.phase is ReplicaPhase.READY for other in others):
+        drains.send_away(state, node, Drain(replace(reason, kind=ReasonKind.DRAINING), state.timings.drain))
 
 
 def _step_s(replica: Replica) -> float:

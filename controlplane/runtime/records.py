@@ -80,6 +80,7 @@ class DeploymentRecord:
     # "checkpoint_restart" or "elastic_scaling".
     recovery_strategy: str = "checkpoint_restart"
     max_retries: int = 3
+    slow_nodes: str = "report"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

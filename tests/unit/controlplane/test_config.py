@@ -39,6 +39,7 @@ fault_tolerance:
   checkpoint_interval: 100
   max_retries: 5
   recovery_strategy: elastic_scaling
+  slow_nodes: drain
   failure_timeout: 6
   heartbeat_interval: 1
 monitoring:
@@ -65,7 +66,7 @@ def test_whole_file_becomes_a_deployment(tmp_path: Path) -> None:
     config = ClusterConfig.load(write(tmp_path, WHOLE))
     deployment = config.deployment()
     assert (deployment.model, deployment.replicas, deployment.max_retries) == ("some-model", 2, 5)
-    assert deployment.recovery_strategy == "elastic_scaling"
+    assert (deployment.recovery_strategy, deployment.slow_nodes) == ("elastic_scaling", "drain")
     assert (deployment.spec.degrees.tensor, deployment.spec.degrees.expert) == (2, 2)
     assert (deployment.spec.model_path, deployment.spec.dtype) == ("/models/some-model", "bfloat16")
     assert deployment.spec.backend == "nccl"

@@ -70,6 +70,7 @@ def phases(cluster: Cluster) -> dict[str, ReplicaPhase]:
         (deployment("n", path=""), "spec.model_path: is empty"),
         (deployment("n", tensor=0), "spec.degrees: must be at least 1"),
         (replace(deployment("n"), spec=deployment("x").spec), "spec.deployment: differs from deployment"),
+        (replace(deployment("n"), slow_nodes="flog"), "slow_nodes: 'flog' is none of report, drain"),
         (
             replace(deployment("n"), recovery_strategy="prayer"),
             "recovery_strategy: 'prayer' is none of checkpoint_restart, elastic_scaling",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controlplane.core.entities import Replica
-from controlplane.core.messages import Recorded, Tick
+from controlplane.core.messages import AdminAsked, AskId, DrainAsked, Recorded, Tick
+from controlplane.runtime.ids import DeploymentId, ReplicaId
 from controlplane.runtime.messages.common import ReasonKind
 from controlplane.runtime.messages.session import Heartbeat, ReplicaLoad
 from tests.scenario.coordinator.model import Cluster
@@ -17,7 +18,8 @@ def beat(cluster: Cluster, step_ms: dict[str, float]) -> list[Recorded]:
     told: list[Recorded] = []
     cluster.now += cluster.state.timings.heartbeat_interval
     for replica in list(cluster.state.replicas.values()):
-        _say(cluster, replica, step_ms.get(replica.replica, 10.0))
+        if replica.holds_devices:
+            _say(cluster, replica, step_ms.get(replica.replica, 10.0))
     for effect in cluster.step(Tick()):
         if isinstance(effect, Recorded) and effect.reason is not None and effect.reason.kind is ReasonKind.SLOW:
             told.append(effect)
@@ -49,6 +51,38 @@ def test_one_that_stays_slow_is_told_of_once_and_again_when_it_is_over() -> None
     assert told[0].reason is not None
     assert "4.5 times its equals'" in told[0].reason.text
     assert [one.name for one in beat(cluster, {})] == ["replica_recovered_pace"]
+
+
+def slow_drained(cluster: Cluster) -> list[str]:
+    """After a little longer than it takes to tell."""
+    for _ in range(intervals(cluster) + 2):
+        beat(cluster, {"m-1": 45.0})
+    return [node.node for node in cluster.state.nodes.values() if node.drain is not None]
+
+
+def drain_slow_nodes(cluster: Cluster) -> None:
+    deployment = cluster.state.deployments[DeploymentId("m")]
+    deployment.record = replace(deployment.record, slow_nodes="drain")
+
+
+def test_its_node_is_drained_if_its_deployment_says_so() -> None:
+    cluster, _, _ = serving(3)
+    slow = cluster.state.replicas[ReplicaId("m-1")].nodes[0]
+    assert not slow_drained(cluster)
+    drain_slow_nodes(cluster)
+    assert slow_drained(cluster) == [slow]
+    drain = cluster.state.nodes[slow].drain
+    assert drain is not None
+    assert drain.reason.kind is ReasonKind.DRAINING, "which is no failure"
+    assert "4.5 times its equals'" in drain.reason.text
+
+
+def test_a_slow_node_stays_while_somebody_else_is_missing() -> None:
+    cluster, _, _ = serving(4)
+    drain_slow_nodes(cluster)
+    other = cluster.state.replicas[ReplicaId("m-2")].nodes[0]
+    cluster.step(AdminAsked(AskId(1), DrainAsked(other, 0)))
+    assert slow_drained(cluster) == [other]
 
 
 def test_a_moment_a_little_or_a_pair_prove_nothing() -> None:
