@@ -18,7 +18,7 @@ from controlplane.runtime.records import DeploymentRecord
 from protos.perdure.v1 import admin_pb2
 from tools.ctl import tables, views
 from tools.ctl.client import CALL_TIMEOUT_S, CtlError, admin, find_addresses
-from tools.ctl.rollout import restart
+from tools.ctl.rollout import Restart, restart
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -62,11 +62,15 @@ def requests(address: Address = None, json: Json = False) -> None:
 def events(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new ones until Ctrl-C.")] = False,
     last: Annotated[int, typer.Option(min=0, help="Begin with this many past ones; 0: all that are kept.")] = 50,
+    own: Annotated[
+        bool,
+        typer.Option("--own", help="Those of the control plane at --address, from when it led: a leader's last words."),
+    ] = False,
     address: Address = None,
     json: Json = False,
 ) -> None:
     """What happened, when and why. With --json one object a line."""
-    request = admin_pb2.EventsRequest(follow=follow, last=last)
+    request = admin_pb2.EventsRequest(follow=follow, last=last, own=own)
     with _one_line_errors(), admin(find_addresses(address)) as stub:
         for event in stub.Events(request, timeout=None if follow else CALL_TIMEOUT_S):
             row = views.event_view(event)
@@ -152,16 +156,22 @@ app.add_typer(rollout, name="rollout")
 @rollout.command("restart")
 def rollout_restart(
     node: Annotated[list[str] | None, typer.Option(help="Only this node (may be repeated).")] = None,
+    workers: Annotated[bool, typer.Option(help="Worker daemons too.")] = True,
+    controlplanes: Annotated[bool, typer.Option(help="Control planes too: those at the addresses given.")] = True,
     deadline: Annotated[float, typer.Option(min=0, help="Seconds after which running streams move; 0: default.")] = 0,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for a node to be back.")] = 600,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for each to be back.")] = 600,
     address: Address = None,
 ) -> None:
-    """Drain each worker daemon, have it exit, and wait until it is back and serves, before the next one.
+    """Drain each worker daemon and have it exit, then each control plane, the leader last; wait until one is back and
+    everything serves before the next.
 
-    Something must start a daemon again that exits: `perdure up`, systemd, Kubernetes do.
+    Something must start again what exits: `perdure up`, systemd, Kubernetes do. Clients of a control plane that goes
+    continue at another one; with a single one they wait until it is back.
     """
+    nodes = node if node is not None or workers else []
     with _one_line_errors():
-        restart(find_addresses(address), node or [], deadline, timeout, lambda line: typer.echo(line))
+        plan = Restart(find_addresses(address), nodes, controlplanes and node is None, deadline, timeout)
+        restart(plan, lambda line: typer.echo(line))
 
 
 @contextmanager
