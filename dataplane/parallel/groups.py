@@ -8,6 +8,7 @@ epoch after another, as it likes.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -233,7 +234,7 @@ class Group:
             late = ", ".join(str(self.ranks[index]) for index in error.missing)
             raise self.lost(number, f"{kind}: rank {late} did not come in time") from error
         except (RuntimeError, BoardAborted) as error:
-            raise self.lost(number, f"{kind}: {'aborted' if self._aborted.is_set() else error}") from error
+            raise self.lost(number, f"{kind}: {'aborted' if self._aborted.is_set() else _said(error)}") from error
         cost = self.costs.setdefault(kind, Cost())
         cost.calls += 1
         cost.bytes += x.numel() * x.element_size()
@@ -245,6 +246,12 @@ class Group:
         return PeerLost(Reason(kind=ReasonKind.GROUP_FAILED, text=text, group=self.name, collective=number))
 
 
+def _said(error: Exception) -> str:
+    """What a backend says, without the place in its source where it says so."""
+    return _PLACE.sub("", str(error))
+
+
+_PLACE = re.compile(r"^\[\S+:\d+\] ")
 _PATIENT_S = 365 * 24 * 3600.0
 """gloo knows no wait without an end; an abort ends this one."""
 
