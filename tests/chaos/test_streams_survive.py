@@ -169,6 +169,9 @@ async def test_etcd_is_killed_and_restarted(cluster: Cluster, undisturbed: list[
     assert_identical(streams, undisturbed, TOKENS)
     while time.monotonic() < away_until:
         await one_request(cluster)
+        assert "the leader cannot use etcd" in (await cluster.status())["limited"]["text"]
+        status, why = await cluster.readiness()
+        assert (status, "cannot use etcd" in why) == (200, True), why
         await asyncio.sleep(1)
     await cluster.etcd.start()
     assert all(daemon.running for daemon in cluster.daemons()), "no process exits"
@@ -195,6 +198,9 @@ async def test_leader_and_etcd_are_both_away(cluster: Cluster, undisturbed: list
     accepted_after = time.monotonic() - killed
     os.kill(victim["pid"], signal.SIGKILL)
     await one_request(cluster, other)
+    assert "no control plane leads" in (await cluster.status(other))["limited"]["text"]
+    status, why = await cluster.readiness(other)
+    assert (status, "no leading coordinator" in why) == (200, True), why
     streams = await running.finish()
     report(f"leader and etcd SIGKILL (a new request was served after {accepted_after * 1000:.0f} ms)", streams)
     assert_identical(streams, undisturbed, TOKENS)
@@ -217,21 +223,23 @@ async def test_a_worker_is_drained_by_sigterm(cluster: Cluster, undisturbed: lis
 
 
 @pytest.mark.chaos
-async def test_all_workers_are_restarted_one_after_the_other(cluster: Cluster, undisturbed: list[Stream]) -> None:
+async def test_everything_is_restarted_one_after_the_other(cluster: Cluster, undisturbed: list[Stream]) -> None:
+    """Workers and control planes; a gateway lets the streams end that it has."""
+
     async def keep_running() -> None:
         while True:
-            for worker in cluster.workers.values():
-                if not worker.running:
-                    worker.start()
+            for daemon in cluster.daemons():
+                if not daemon.running:
+                    daemon.start()
             await asyncio.sleep(0.05)
 
-    before = {worker.pid for worker in cluster.workers.values()}
+    before = {daemon.pid for daemon in cluster.daemons()}
     supervisor = asyncio.create_task(keep_running())
     running = wave(cluster)
     await running.reach(10)
     restart = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tools.cli", "ctl", "rollout", "restart", "--deadline", "2"),
-        *("--timeout", "90", "--address", cluster.address()),
+        *("--timeout", "90", "--address", ",".join(map(cluster.address, cluster.controlplanes))),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -244,7 +252,7 @@ async def test_all_workers_are_restarted_one_after_the_other(cluster: Cluster, u
     streams = await running.finish()
     report("rolling restart", streams)
     assert_identical(streams, undisturbed, TOKENS)
-    assert not before & {worker.pid for worker in cluster.workers.values()}
+    assert not before & {daemon.pid for daemon in cluster.daemons()}
 
 
 async def test_a_worker_is_stopped_and_continues_as_a_zombie(cluster: Cluster, undisturbed: list[Stream]) -> None:
@@ -297,6 +305,8 @@ async def test_a_zombie_leader_gets_nothing_accepted(cluster: Cluster, undisturb
         return sum(int(row["count"]) for row in (await cluster.status(other))["fenced"])
 
     count = await eventually("frames of the old term are refused and counted", refused)
+    last_words = [event["name"] for event in await cluster.events(leader.name, own=True)]
+    assert "leader_stepped_down" in last_words
     status = await cluster.status(other)
     print(f"\nzombie leader: {count} frames refused: {status['fenced']}")
     assert status["leader"]["id"] == other

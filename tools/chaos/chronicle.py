@@ -23,7 +23,7 @@ class Chronicle:
         self._begun = 0.0
         # (when it was noticed, the record as it was last).
         self._failures: list[tuple[float, admin_pb2.FailureStatus]] = []
-        self._events: dict[tuple[int, int], admin_pb2.EventsResponse] = {}
+        self._events: dict[tuple[int, int, str, str, str], admin_pb2.EventsResponse] = {}
 
     def begin(self) -> None:
         """What was before is of no interest."""
@@ -46,7 +46,8 @@ class Chronicle:
                 self._failures.append((noticed, failure))
         for event in await self._cluster.events():
             if event.wall_ms >= self._begun_ms:
-                self._events[event.term, event.seq] = event
+                # A process that shares another's log file has its events too, under other numbers.
+                self._events[event.term, event.wall_ms, event.name, event.node, event.replica] = event
 
     @property
     def failures(self) -> list[tuple[float, admin_pb2.FailureStatus]]:

@@ -33,6 +33,8 @@ class Action(Enum):
     SAVE = "save"
     RESTORE = "restore"
     COMPACT = "compact"
+    # To etcd's clients: it demands a user and a password, which they do not have.
+    DENY = "deny"
     # To what is desired: so many replicas; the same model from another folder.
     SCALE = "scale"
     RELOAD = "reload"
@@ -63,6 +65,7 @@ _TARGETS: dict[Action, frozenset[str]] = {
     Action.SAVE: frozenset({"etcd"}),
     Action.RESTORE: frozenset({"etcd"}),
     Action.COMPACT: frozenset({"etcd"}),
+    Action.DENY: frozenset({"etcd"}),
     Action.SCALE: frozenset({"deployment"}),
     Action.RELOAD: frozenset({"deployment"}),
     Action.POISON: frozenset({"request"}),
@@ -71,7 +74,7 @@ _TARGETS: dict[Action, frozenset[str]] = {
 _DISTURBING = _CABLES | {Action.UNPLUG, Action.FILL, Action.LAG}
 """Of hosts, and undone after a while."""
 
-_LASTING = _DISTURBING | {Action.SLOW}
+_LASTING = _DISTURBING | {Action.SLOW, Action.DENY}
 """Undone after a while."""
 
 _NEED_HOSTS = _DISTURBING | {
@@ -79,10 +82,13 @@ _NEED_HOSTS = _DISTURBING | {
     Action.SAVE,
     Action.RESTORE,
     Action.COMPACT,
+    Action.DENY,
     Action.RELOAD,
     Action.RESTART,
 }
-_ETCD_AS_A_WHOLE = frozenset({Action.KILL, Action.STOP, Action.TERMINATE, Action.SAVE, Action.RESTORE, Action.COMPACT})
+_ETCD_AS_A_WHOLE = frozenset(
+    {Action.KILL, Action.STOP, Action.TERMINATE, Action.SAVE, Action.RESTORE, Action.COMPACT, Action.DENY}
+)
 
 
 class Strict(BaseModel):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 
 from protos.perdure.v1 import common_pb2
@@ -23,7 +24,7 @@ PHASES = {
 READY = common_pb2.REPLICA_PHASE_READY
 WHEN_POLL_S = 0.01
 WHEN_MAX_S = 60.0
-DRAIN_MS = 2000
+DRAIN_S = 2
 """Of a rolling restart: streams that still run then go on elsewhere."""
 
 RETURN_MAX_S = 120.0
@@ -74,6 +75,9 @@ class Saboteur:
                 await self._own().restore_etcd()
             case Action.COMPACT:
                 await self._own().compact_etcd()
+            case Action.DENY:
+                async with self._own().etcd_denying():
+                    await asyncio.sleep(fault.seconds)
             case Action.JUMP:
                 for host in await self._hosts_of(fault.target):
                     self._own().set_clock(host, fault.hours * 3600)
@@ -190,19 +194,28 @@ class Saboteur:
         raise ChaosError(f"not every replica was loaded anew within {RETURN_MAX_S:g} s")
 
     async def _restart_all(self) -> None:
-        hosts = self._own()
-        for name in hosts.groups["workers"]:
-            await self._restarted(name, self._cluster.drain(name, leave_ms=DRAIN_MS))
-        for name in (*hosts.groups["controlplanes"], *hosts.groups["etcd"]):
-            await self._restarted(name, self._terminate(name))
+        """As an operator would: by `perdure ctl`, and etcd's members by hand."""
+        rollout = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tools.cli", "ctl", "rollout", "restart"),
+            *("--deadline", str(DRAIN_S), "--timeout", str(RETURN_MAX_S)),
+            *("--address", ",".join(self._own().addresses)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        assert rollout.stdout is not None
+        line = ""
+        async for raw in rollout.stdout:
+            line = raw.decode(errors="replace").strip()
+            self._say(line)
+        if await rollout.wait():
+            raise ChaosError(f"perdure ctl rollout restart: {line}")
+        for name in self._own().groups["etcd"]:
+            await self._restart_member(name)
 
-    async def _terminate(self, name: str) -> None:
-        os.kill(self._own().daemons[name].pid, signal.SIGTERM)
-
-    async def _restarted(self, name: str, asking: Awaitable[None]) -> None:
+    async def _restart_member(self, name: str) -> None:
         daemon = self._own().daemons[name]
         before = daemon.pid
-        await asking
+        os.kill(before, signal.SIGTERM)
         deadline = asyncio.get_running_loop().time() + RETURN_MAX_S
         while daemon.pid == before or not daemon.running:
             if asyncio.get_running_loop().time() > deadline:

@@ -27,6 +27,8 @@ KV_CACHE_TOKENS = 32_768
 DISK_MB, ETCD_DISK_MB = 32, 512
 """etcd sets 64 MB aside for each segment of its log."""
 
+PASSWORD = "chaos"
+
 FAKETIME = "faketime/libfaketimeMT.so.1"
 
 
@@ -169,6 +171,19 @@ class Hosts:
         """Have it forget everything but the present. Raises HostsError."""
         answer = json.loads(await self._etcdctl("put", "chaos", "compacted", "--write-out=json"))
         await self._etcdctl("compaction", str(answer["header"]["revision"]))
+
+    @asynccontextmanager
+    async def etcd_denying(self) -> AsyncIterator[None]:
+        """Meanwhile it serves nobody who does not know a password, which the daemons do not. Raises HostsError."""
+        root = f"--user=root:{PASSWORD}"
+        await self._etcdctl("user", "add", "root", f"--new-user-password={PASSWORD}")
+        await self._etcdctl("user", "grant-role", "root", "root")
+        await self._etcdctl("auth", "enable")
+        try:
+            yield
+        finally:
+            await self._etcdctl(root, "auth", "disable")
+            await self._etcdctl("user", "delete", "root")
 
     @property
     def _snapshot(self) -> Path:

@@ -52,13 +52,18 @@ class LiveCluster:
         return list(answer.failures)
 
     async def events(self) -> list[admin_pb2.EventsResponse]:
-        """What the control plane that answers has in its log, oldest first."""
+        """What all control planes that answer have in their logs: one that led and was deposed has last words."""
+        logs = await asyncio.gather(*(self._events_of(address) for address in self._addresses))
+        return [event for log in logs for event in log]
 
-        async def call(stub: admin_pb2_grpc.AdminStub) -> list[admin_pb2.EventsResponse]:
-            stream = stub.Events(admin_pb2.EventsRequest(last=EVENTS_MAX), timeout=CALL_S)
-            return [event async for event in stream]
-
-        return await self._ask(call)
+    async def _events_of(self, address: str) -> list[admin_pb2.EventsResponse]:
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = admin_pb2_grpc.AdminStub(channel)
+            stream = stub.Events(admin_pb2.EventsRequest(last=EVENTS_MAX, own=True), timeout=CALL_S)
+            try:
+                return [event async for event in stream]
+            except grpc.aio.AioRpcError:
+                return []
 
     async def requests(self) -> list[admin_pb2.RequestStatus]:
         """Those that the leader knows."""
@@ -74,9 +79,8 @@ class LiveCluster:
         apply = admin_pb2.ApplyRequest(deployment=_SPEC.to_proto(record))
         await self._ask(lambda stub: stub.Apply(apply, timeout=CALL_S))
 
-    async def drain(self, node: str, *, leave_ms: int = 0) -> None:
-        """`leave_ms`: its daemon has so long for it, and then ends."""
-        drain = admin_pb2.DrainRequest(node=node, deadline_ms=leave_ms, exit=leave_ms > 0)
+    async def drain(self, node: str) -> None:
+        drain = admin_pb2.DrainRequest(node=node)
         await self._ask(lambda stub: stub.Drain(drain, timeout=CALL_S))
 
     async def working_address(self) -> str:
