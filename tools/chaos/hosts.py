@@ -112,8 +112,9 @@ class Hosts:
     async def disk_full(self, host: str) -> AsyncIterator[None]:
         """Meanwhile there is no room on the disk that holds its state."""
         filler = self._disk(host) / "filler"
-        disk.fill(filler)
         try:
+            # The clients' streams are in this process.
+            await asyncio.to_thread(disk.fill, filler)
             yield
         finally:
             filler.unlink(missing_ok=True)

@@ -146,10 +146,9 @@ class StreamClient:
         """The response's events; `progress` moves with each that is complete."""
         event = ""
         while True:
-            async with asyncio.timeout(SILENCE_MAX_S):
-                line = await response.content.readline()
+            line = await self._line(session, response, progress)
             if not line.endswith(b"\n"):
-                # The connection broke within it.
+                # The connection broke within it, or another goes on.
                 return
             if line.startswith(CUT_OFF) and await self._goes_on_elsewhere(session, progress):
                 return
@@ -166,6 +165,27 @@ class StreamClient:
                     raise Refused(500, chunk["error"].get("message", "the stream failed"))
                 progress.last_event = event or progress.last_event
                 yield chunk
+
+    async def _line(
+        self, session: aiohttp.ClientSession, response: aiohttp.ClientResponse, progress: _Progress
+    ) -> bytes:
+        """The next line; empty if the response is over, or another gateway has the stream.
+
+        A silent gateway is not left before that: it may live and be late, or we were stopped ourselves, and a gateway
+        that lives ends the stream of a client who leaves.
+        """
+        reading = asyncio.ensure_future(response.content.readline())
+        deadline, wait_s = time.monotonic() + self._patience_s, SILENCE_MAX_S
+        try:
+            while not (await asyncio.wait({reading}, timeout=wait_s))[0]:
+                if await self._goes_on_elsewhere(session, progress):
+                    return b""
+                if time.monotonic() > deadline:
+                    raise _Broken(f"{self._urls[self._at]} is silent")
+                wait_s = PAUSE_MAX_S
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def _goes_on_elsewhere(self, session: aiohttp.ClientSession, progress: _Progress) -> bool:
         """Whether the next gateway has the stream. If not, the present one is not left: it may hold the only copy."""

@@ -91,6 +91,37 @@ async def test_a_gateway_is_not_left_before_another_has_the_stream() -> None:
     assert looks == 2
 
 
+async def test_a_silent_gateway_is_left_for_another_that_has_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SILENCE_MAX_S", 0.05)
+    first = web.post("/v1/completions", events(token(1), then_hang=True))
+    resume = web.get(f"/v1/streams/{STREAM}", events(token(2), b"data: [DONE]\n\n"))
+    async with gateway(first) as silent, gateway(resume) as other:
+        assert await collect(silent, other) == [1, 2]
+
+
+async def test_a_client_that_was_stopped_itself_does_not_leave_its_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have nothing: the stream is the first one's, which would end it if its client left."""
+    monkeypatch.setattr(stream, "SILENCE_MAX_S", 0.05)
+    monkeypatch.setattr(stream, "PAUSE_MAX_S", 0.05)
+    asked = asyncio.Event()
+
+    async def not_here(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        return web.json_response({"error": {"message": "no worker holds it"}}, status=404)
+
+    async def late(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"x-perdure-stream": STREAM})
+        await response.prepare(request)
+        await response.write(token(1))
+        await asked.wait()
+        await response.write(token(2) + b"data: [DONE]\n\n")
+        return response
+
+    absent = web.get(f"/v1/streams/{STREAM}", not_here)
+    async with gateway(web.post("/v1/completions", late)) as first, gateway(absent) as other:
+        assert await collect(first, other) == [1, 2]
+
+
 async def test_the_only_gateway_is_not_left() -> None:
     only = events(token(1), b": cut off\n", token(2), b"data: [DONE]\n\n")
     async with gateway(web.post("/v1/completions", only)) as url:
