@@ -39,7 +39,8 @@ def assert_transformers_own(streams: list[Stream], model: Path) -> None:
 
 
 async def test_a_replica_over_two_workers_outlives_each_of_its_ranks(tmp_path: Path) -> None:
-    """Two stages of two tensor ranks that share the experts; a rank that is not the driver dies, then the driver."""
+    """Two stages of two tensor ranks that share the experts; a rank that is not the driver dies, then the driver, then
+    one stops in a collective, then both daemons die at once."""
     model = tiny_model(tmp_path, "qwen3_moe", max_position_embeddings=1024)
     degrees: dict[str, Any] = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "expert_parallel_size": 2}
     cluster = Cluster(tmp_path / "cluster", model, workers=2, devices_per_worker=2, replicas=1, parallelism=degrees)
@@ -47,13 +48,21 @@ async def test_a_replica_over_two_workers_outlives_each_of_its_ranks(tmp_path: P
         await cluster.start()
         ranks = await cluster.ranks()
         assert sorted(rank["node"] for rank in ranks) == ["w0", "w0", "w1", "w1"]
-        for victim in (3, 0):
+        for victim, number in ((3, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)):
             running = wave(cluster)
             await running.reach(8)
-            killed = next(rank for rank in await cluster.ranks() if rank["rank"] == victim)
-            os.kill(killed["pid"], signal.SIGKILL)
+            hit = next(rank for rank in await cluster.ranks() if rank["rank"] == victim)
+            os.kill(hit["pid"], number)
             assert_transformers_own(await running.finish(), model)
             status = await cluster.wait_ready()
-            assert int(status["replicas"][0]["epoch"]) > int(killed["epoch"])
+            assert int(status["replicas"][0]["epoch"]) > int(hit["epoch"])
+            assert hit["pid"] not in [rank["pid"] for rank in await cluster.ranks()]
+        running = wave(cluster)
+        await running.reach(8)
+        for daemon in cluster.workers.values():
+            daemon.kill()
+        for daemon in cluster.workers.values():
+            daemon.start()
+        assert_transformers_own(await running.finish(), model)
     finally:
         await cluster.stop()

@@ -156,6 +156,9 @@ class LiveCluster:
         for deployment in status.deployments:
             if deployment.ready < deployment.replicas:
                 return f"{deployment.ready} of {deployment.replicas} replicas of {deployment.id} are ready"
+            for replica in status.replicas:
+                if replica.deployment == deployment.id and _degrees(replica) != _degrees(deployment):
+                    return f"{replica.id} is shrunk"
         return ""
 
     async def _ask(self, call: Callable[[admin_pb2_grpc.AdminStub], Awaitable[T]]) -> T:
@@ -170,6 +173,10 @@ class LiveCluster:
             self._addresses.sort(key=lambda other: other != address)
             return answer
         raise ChaosError(f"no control plane answers ({problem})")
+
+
+def _degrees(row: admin_pb2.ReplicaStatus | admin_pb2.DeploymentStatus) -> tuple[int, int]:
+    return row.degrees.tensor, row.degrees.pipeline
 
 
 def _process(status: admin_pb2.StatusResponse, target: Target) -> tuple[str, int]:

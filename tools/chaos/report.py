@@ -15,7 +15,7 @@ REPORT = "report.md"
 LABEL_ROWS = 1.4
 """Height of a fault's label above the streams, in streams."""
 
-QUIET = frozenset({"failure_recovered", "requests_replayed", "request_resumed"})
+QUIET = frozenset({"failure_recovered", "requests_replayed", "request_resumed", "deployment_created"})
 """Events that tell an operator nothing beside what else is told, or are told as a number."""
 
 MARKED = {"node_lost": "tab:orange", "leader_elected": "tab:purple", "replica_ready": "tab:green"}
@@ -45,12 +45,13 @@ def render(results: Sequence[Result]) -> str:
         f"{verdict} {count} streams at a time, in the row before the rounds of a cluster undisturbed.",
         "",
         "| | round | verdict | streams as undisturbed | new requests served | longest gap, ms "
-        "| slowest new request, ms | failed replicas: first token again, served again (ms) | whole again, s |",
+        "| slowest new request, ms | failed replicas: noticed, first token again, served again (ms) | whole again, s |",
         "|---|---|---|---|---|---|---|---|---|",
         *_rows(results),
         "",
-        "*Longest gap*: between two events at one client, after the first fault. *First token again*, *served again*: "
-        "since the failure was noticed. *Whole again*: since the round's last stream ended.",
+        "*Longest gap*: between two events at one client, after the first fault. *Noticed*: since what was done last "
+        "before. *First token again*, *served again*: since it was noticed. *Whole again*: since the last stream "
+        "ended.",
     ]
     for number, outcome in enumerate(rounds, 1):
         lines += ["", f"## {number}. {outcome.title}: {outcome.verdict}", "", *_story(outcome)]
@@ -131,12 +132,14 @@ def _row(number: int | None, title: str, outcome: Outcome) -> str:
 
 
 def _phases(outcome: Outcome) -> list[str]:
-    """Of each failed replica the two times that count."""
+    """Of each failed replica the three times that count."""
     rows = failures_view(admin_pb2.ListFailuresResponse(failures=[failure for _, failure in outcome.failures]))
     told: list[str] = []
-    for row in rows:
+    for (noticed, _), row in zip(outcome.failures, rows, strict=True):
+        before = [at for at, _ in outcome.inflicted if at <= noticed]
+        after = round((noticed - max(before)) * 1000) if before else None
         token, regrouped = (row["steps_ms"][step] for step in ("first_token", "regrouped"))
-        told.append(f"{row['replica']} @ {row['epoch']}: {_ms(token)}, {_ms(regrouped)}")
+        told.append(f"{row['replica']} @ {row['epoch']}: {_ms(after)}, {_ms(token)}, {_ms(regrouped)}")
     return told
 
 
@@ -192,5 +195,7 @@ def _failure(failure: admin_pb2.FailureStatus) -> str:
     steps = ", ".join(
         f"{step.replace('_', ' ')} after {done[step]} ms" for step in FAILURE_STEPS if done[step] is not None
     )
-    what = f"{row['replica']} @ {row['epoch']} noticed as failed: {row['reason']}"
+    # A gateway may leave a replica that it does not reach, and that has not failed.
+    verb = "noticed as failed" if done["closed"] is not None else "left"
+    what = f"{row['replica']} @ {row['epoch']} {verb}: {row['reason']}"
     return f"{what}; {row['requests']} requests; {steps}"
