@@ -40,7 +40,8 @@ def welcome(state: ClusterState, connection: ConnectionId, hello: GatewayHello) 
     gateway.known = False
     gateway.listed.clear()
     gateway.silence_s = gateway.gone_s = 0.0
-    body = GatewayWelcome(term=state.term, session=gateway.link.session, timing=state.timings.to_spec())
+    session, timing = gateway.link.session, state.timings.to_spec()
+    body = GatewayWelcome(term=state.term, session=session, timing=timing, leader=state.incarnation)
     state.send_gateway(gateway, body)
     rows = tuple(row_of(state, replica) for replica in state.replicas.values())
     workers = tuple(row for node in state.nodes.values() if not (row := worker_row(node)).gone)
@@ -175,8 +176,8 @@ def row_of(state: ClusterState, replica: Replica) -> ReplicaRow:
 
 
 def worker_row(node: Node) -> WorkerRow:
-    """The node as gateways see it: somebody who may hold streams."""
-    gone = node.phase in (NodePhase.LOST, NodePhase.LEFT)
+    """The node as gateways see it: somebody who may hold streams. One that an operator drained still does."""
+    gone = node.phase is NodePhase.LOST or (node.phase is NodePhase.LEFT and node.link is None)
     return WorkerRow(node=node.node, serve_address=node.serve_address, gone=gone)
 
 

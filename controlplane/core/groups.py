@@ -10,7 +10,7 @@ from controlplane.core.entities import FORMING_PHASES, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import WriteDone, WritePlacement
 from controlplane.core.recovery import close, fail, stage_s
-from controlplane.core.state import ClusterState
+from controlplane.core.state import EPOCHS_A_TERM, ClusterState
 from controlplane.runtime.ids import Epoch, ReplicaId
 from controlplane.runtime.messages.common import Member, Reason, ReasonKind, ReplicaPhase, ReplicaSpec
 from controlplane.runtime.messages.session import (
@@ -24,10 +24,6 @@ from controlplane.runtime.messages.session import (
 from controlplane.runtime.records import PlacementRecord
 
 NONCE_BITS = 128
-
-EPOCHS_A_TERM = 1_000_000
-"""Epochs of a replica that the leader of a term has for itself. Each leader begins above those of all terms before its
-own, so that no epoch comes twice, even if etcd was restored and nobody who knew of it is alive."""
 
 _ANSWER = {
     ReplicaPhase.PREPARING: GroupPhase.PREPARED,
@@ -48,7 +44,7 @@ def note_epoch(state: ClusterState, replica: ReplicaId, epoch: Epoch) -> None:
 
 def _next_epoch(state: ClusterState, replica: ReplicaId) -> Epoch:
     """Above every epoch that is known of, and above all that could be of an older term."""
-    first = (state.term - 1) * EPOCHS_A_TERM
+    first = (state.term - 1) * EPOCHS_A_TERM + state.epoch_base
     return Epoch(max(state.epochs.get(replica, 0), first) + 1)
 
 

@@ -53,7 +53,8 @@ def welcome(state: ClusterState, connection: ConnectionId, hello: WorkerHello) -
     node.silence_s = 0.0
     if node.probing:
         node.probing, node.void_probes = False, node.void_probes + 1
-    body = WorkerWelcome(term=state.term, session=node.link.session, timing=state.timings.to_spec())
+    session, timing = node.link.session, state.timings.to_spec()
+    body = WorkerWelcome(term=state.term, session=session, timing=timing, leader=state.incarnation)
     state.send_worker(node, body)
 
 
@@ -104,6 +105,8 @@ def broken(state: ClusterState, node: Node) -> None:
     """The node's stream ended."""
     node.link = None
     node.known = False
+    if node.phase is NodePhase.LEFT:
+        state.out.workers[node.node] = node
     if node.phase in GONE or node.phase is NodePhase.KNOWN:
         return
     if node.drain is not None and node.drain.leaving and not node.leased:

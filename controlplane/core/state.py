@@ -54,6 +54,11 @@ NO_NODE = NodeId("")
 NO_REQUEST = RequestId("")
 
 
+EPOCHS_A_TERM = 1_000_000
+"""Epochs of a replica that the leader of a term has for itself. Each leader begins above those of all terms before its
+own, so that no epoch comes twice, even if etcd was restored and nobody who knew of it is alive. Should nobody know even
+of the term, so that it comes twice itself, its two leaders begin at places of their own in it."""
+
 Placing = tuple[ReplicaId, Epoch]
 """A placement on its way to etcd."""
 
@@ -83,6 +88,8 @@ class ClusterState:
     now: float = 0.0
     ticked: float | None = None
     grace_s: float = 0.0
+    # Where this leader's epochs begin within its term's.
+    epoch_base: int = 0
     peers: frozenset[str] = frozenset()
     # While frozen: why etcd does not renew the leader's lease, as far as that is known.
     trouble: str = ""
@@ -123,6 +130,7 @@ class ClusterState:
         pid: int = 0,
     ) -> ClusterState:
         """State of a leader just elected."""
+        rng = random.Random(rng_seed)
         return cls(
             term=term,
             name=name,
@@ -130,10 +138,12 @@ class ClusterState:
             cluster=cluster,
             timings=timings,
             limits=limits,
-            rng=random.Random(rng_seed),
+            rng=rng,
             address=address,
             pid=pid,
             grace_s=timings.leader_grace,
+            # Before term 1 there was no cluster of this id.
+            epoch_base=rng.randrange(EPOCHS_A_TERM // 2) if term > 1 else 0,
         )
 
     def check(self) -> None:

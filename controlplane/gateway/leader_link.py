@@ -72,6 +72,8 @@ class LeaderSource(Protocol):
 
     def hint(self, address: str, term: Term) -> Any: ...
 
+    def meet(self, term: Term, incarnation: Incarnation) -> Any: ...
+
 
 class RouteOwner(Protocol):
     """Whom the link serves; every method returns at once."""
@@ -232,8 +234,9 @@ class LeaderLink:
             return f"refused: {answer.reason.text}"
         if not isinstance(answer, GatewayWelcome):
             return f"{type(answer).__name__} instead of a welcome"
-        if answer.term < term:
-            return f"welcome of term {answer.term} below {term}"
+        self._leader.meet(answer.term, answer.leader)
+        if answer.term < self._leader.highest_term:
+            return f"welcome of term {answer.term} below {self._leader.highest_term}"
         return answer
 
     async def _hold(self, session: _Session) -> str:

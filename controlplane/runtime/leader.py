@@ -13,7 +13,7 @@ from controlplane.runtime.clock import Clock
 from controlplane.runtime.etcd import EtcdClient
 from controlplane.runtime.etcd_types import KeyValue
 from controlplane.runtime.etcd_watch import PrefixWatch
-from controlplane.runtime.ids import Term
+from controlplane.runtime.ids import Incarnation, Term
 from controlplane.runtime.keys import Keys
 from controlplane.runtime.records import LeaderRecord, from_json
 from controlplane.runtime.timing import Timings
@@ -30,6 +30,8 @@ class LeaderWatch:
         self._key: KeyValue | None = None
         self._current: LeaderRecord | None = None
         self._highest_term = Term(0)
+        # Who leads, or led, in the highest term that a leader was met in.
+        self._met: tuple[Term, Incarnation] | None = None
         self._hint: tuple[Term, str] | None = None
         self._changed = asyncio.Event()
 
@@ -73,6 +75,14 @@ class LeaderWatch:
         self._highest_term = known
         self._notify()
 
+    def meet(self, term: Term, incarnation: Incarnation) -> None:
+        """Somebody leads in `term`. Should another have led in it, before etcd was restored and all candidates that
+        knew of it died, the term is good for nobody: whoever leads in it hears of a higher one."""
+        if self._met is None or term > self._met[0]:
+            self._met = (term, incarnation)
+        elif (term, incarnation) != self._met and term == self._met[0]:
+            self.hint("", Term(term + 1))
+
     async def run(self) -> None:
         """Eternal. Raises nothing that etcd causes."""
         async with aclosing(self._watch.batches()) as batches:
@@ -86,6 +96,7 @@ class LeaderWatch:
         self._current = read_leader(item) if item is not None else None
         if self._current is not None:
             self._highest_term = max(self._highest_term, self._current.term)
+            self.meet(self._current.term, self._current.incarnation)
             if self._hint is not None and self._hint[0] <= self._current.term:
                 self._hint = None
             log.info("leader_seen", leader=self._current.name, term=self._current.term, address=self._current.address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from controlplane.runtime.ids import Term
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.session import (
     AbortGroup,
@@ -128,8 +129,11 @@ def _refused(turn: Turn, leader: Leader, refused: SessionRefused) -> None:
 
 
 def _welcomed(turn: Turn, leader: Leader, welcome: WorkerWelcome) -> None:
-    """Begin the session with all that this node holds; a leader of an old term is left."""
+    """Begin the session with all that this node holds; a leader of an old term is left, and one whose term another
+    process led in before etcd was restored: such a term is good for nobody."""
     state = turn.state
+    if state.welcomed is not None and state.welcomed[0] == welcome.term and state.welcomed[1] != welcome.leader:
+        raise_term(turn, Term(welcome.term + 1))
     if welcome.term < state.highest_term:
         fence_term(turn, welcome, welcome.term)
         text = f"the leader's term {welcome.term} is below {state.highest_term}"
@@ -138,6 +142,7 @@ def _welcomed(turn: Turn, leader: Leader, welcome: WorkerWelcome) -> None:
         state.leader = None
         return
     raise_term(turn, welcome.term)
+    state.welcomed = (welcome.term, welcome.leader)
     leader.term, leader.session = welcome.term, welcome.session
     if state.leader_address != leader.address:
         state.leader_address = leader.address

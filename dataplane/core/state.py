@@ -281,6 +281,8 @@ class WorkerState:
     highest_term: Term = Term(0)
     leader_address: str = ""
     leader: Leader | None = None
+    # Who leads, or led, in the highest term that welcomed this daemon.
+    welcomed: tuple[Term, Incarnation] | None = None
     ranks: dict[DeviceId, Rank] = field(default_factory=dict[DeviceId, Rank])
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
     # Highest epoch met, of replicas that are gone too.

@@ -11,6 +11,7 @@ import grpc.aio
 
 from controlplane.runtime.ids import (
     Epoch,
+    Incarnation,
     SessionId,
     Term,
 )
@@ -197,6 +198,9 @@ class LeaderBook:
             if address:
                 self.addresses = (address,)
             self._notify()
+
+    def meet(self, term: Term, incarnation: Incarnation) -> None:
+        """No term is led twice here."""
 
     def _notify(self) -> None:
         self._changed.set()

@@ -167,6 +167,8 @@ class GatewayWelcome:
     term: Term
     session: SessionId
     timing: TimingSpec
+    # The process that leads. A term that two of them lead, after etcd was restored, is good for nobody.
+    leader: Incarnation = Incarnation("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -248,14 +248,16 @@ class RouteResponse(_message.Message):
     def __init__(self, head: _Optional[_Union[_common_pb2.Head, _Mapping]] = ..., welcome: _Optional[_Union[GatewayWelcome, _Mapping]] = ..., refused: _Optional[_Union[_session_pb2.SessionRefused, _Mapping]] = ..., replicas: _Optional[_Union[ReplicaTable, _Mapping]] = ..., routed: _Optional[_Union[RoutedBatch, _Mapping]] = ..., closed: _Optional[_Union[ReplicaClosed, _Mapping]] = ..., move: _Optional[_Union[MoveRequests, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., located: _Optional[_Union[Located, _Mapping]] = ..., heartbeat: _Optional[_Union[LeaderHeartbeat, _Mapping]] = ...) -> None: ...
 
 class GatewayWelcome(_message.Message):
-    __slots__ = ("term", "session", "timing")
+    __slots__ = ("term", "session", "timing", "leader")
     TERM_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    LEADER_FIELD_NUMBER: _ClassVar[int]
     term: int
     session: int
     timing: _common_pb2.TimingSpec
-    def __init__(self, term: _Optional[int] = ..., session: _Optional[int] = ..., timing: _Optional[_Union[_common_pb2.TimingSpec, _Mapping]] = ...) -> None: ...
+    leader: str
+    def __init__(self, term: _Optional[int] = ..., session: _Optional[int] = ..., timing: _Optional[_Union[_common_pb2.TimingSpec, _Mapping]] = ..., leader: _Optional[str] = ...) -> None: ...
 
 class LeaderHeartbeat(_message.Message):
     __slots__ = ("frozen",)

@@ -366,14 +366,16 @@ class AttachResponse(_message.Message):
     def __init__(self, head: _Optional[_Union[_common_pb2.Head, _Mapping]] = ..., welcome: _Optional[_Union[WorkerWelcome, _Mapping]] = ..., refused: _Optional[_Union[SessionRefused, _Mapping]] = ..., assign: _Optional[_Union[AssignBatch, _Mapping]] = ..., prepare: _Optional[_Union[PrepareGroup, _Mapping]] = ..., form: _Optional[_Union[FormGroup, _Mapping]] = ..., load: _Optional[_Union[LoadReplica, _Mapping]] = ..., abort: _Optional[_Union[AbortGroup, _Mapping]] = ..., release: _Optional[_Union[ReleaseReplica, _Mapping]] = ..., drain: _Optional[_Union[DrainNode, _Mapping]] = ..., undrain: _Optional[_Union[UndrainNode, _Mapping]] = ..., relet: _Optional[_Union[Relet, _Mapping]] = ..., checkpoint: _Optional[_Union[TakeCheckpoint, _Mapping]] = ..., preload: _Optional[_Union[PreloadWeights, _Mapping]] = ...) -> None: ...
 
 class WorkerWelcome(_message.Message):
-    __slots__ = ("term", "session", "timing")
+    __slots__ = ("term", "session", "timing", "leader")
     TERM_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    LEADER_FIELD_NUMBER: _ClassVar[int]
     term: int
     session: int
     timing: _common_pb2.TimingSpec
-    def __init__(self, term: _Optional[int] = ..., session: _Optional[int] = ..., timing: _Optional[_Union[_common_pb2.TimingSpec, _Mapping]] = ...) -> None: ...
+    leader: str
+    def __init__(self, term: _Optional[int] = ..., session: _Optional[int] = ..., timing: _Optional[_Union[_common_pb2.TimingSpec, _Mapping]] = ..., leader: _Optional[str] = ...) -> None: ...
 
 class SessionRefused(_message.Message):
     __slots__ = ("reason", "highest_term", "leader_address")

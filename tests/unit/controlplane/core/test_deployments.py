@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from controlplane.core.groups import EPOCHS_A_TERM
 from controlplane.core.messages import (
     AdminAnswered,
     AdminAsked,
@@ -22,6 +21,7 @@ from controlplane.core.messages import (
     WriteDeployment,
     WritePlacement,
 )
+from controlplane.core.state import EPOCHS_A_TERM
 from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId, RequestId
 from controlplane.runtime.messages.common import ParallelDegrees, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import RouteBatch
@@ -150,7 +150,7 @@ def test_no_epoch_of_an_older_term_comes_again_though_nobody_knows_of_it() -> No
     heir.attach(worker)
     heir.settle()
     epoch = heir.state.replicas[ReplicaId("m-0")].epoch
-    assert epoch == EPOCHS_A_TERM * (heir.state.term - 1) + 1
+    assert epoch == EPOCHS_A_TERM * (heir.state.term - 1) + heir.state.epoch_base + 1
     assert epoch > used
 
 

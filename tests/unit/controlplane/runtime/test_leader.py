@@ -10,7 +10,7 @@ import pytest
 from controlplane.runtime.clock import SystemClock
 from controlplane.runtime.etcd import EtcdClient
 from controlplane.runtime.etcd_types import EtcdOptions
-from controlplane.runtime.ids import Term
+from controlplane.runtime.ids import Incarnation, Term
 from controlplane.runtime.keys import Keys
 from controlplane.runtime.leader import LeaderWatch
 from controlplane.runtime.timing import derive_timings
@@ -54,3 +54,15 @@ async def test_a_term_without_an_address_is_remembered(leader: LeaderWatch) -> N
     assert not await changes(leader, "", 9)
     assert leader.highest_term == 9
     assert leader.addresses == ("a:1",)
+
+
+async def test_a_term_that_two_lead_is_good_for_nobody(leader: LeaderWatch) -> None:
+    """etcd was restored to before the first of them, and nobody who stood for election knew of him."""
+    one, other = Incarnation("1" * 32), Incarnation("2" * 32)
+    leader.meet(Term(2), one)
+    leader.meet(Term(2), one)
+    assert leader.highest_term == 0
+    leader.meet(Term(2), other)
+    assert leader.highest_term == 3
+    leader.meet(Term(4), other)
+    assert leader.highest_term == 3
