@@ -1,274 +1,143 @@
-"""Deliberate bugs: each changes one decision of a core, and names the world in which it should show."""
+"""Deliberate bugs and the worlds in which they should show. `python -m tests.sim.mutants` counts the seeds that each
+takes.
+
+Those named in PROTOCOL §9 and in the simulator's own list of duties bear the names that they have there.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
-import controlplane.core.adoption
-import controlplane.core.deployments
-import controlplane.core.groups
-import controlplane.core.load
-import controlplane.core.membership
-import controlplane.core.scheduler
-import controlplane.core.sessions
-import controlplane.core.step
-import controlplane.gateway.request_rules
-import controlplane.gateway.route_rules
-import controlplane.gateway.serve_rules
-import controlplane.gateway.step
-import controlplane.runtime.probe
-import controlplane.store
-import dataplane.core.bodies
-import dataplane.core.cursors
-import dataplane.core.sync
-from controlplane.core.messages import RevokeLease
-from controlplane.gateway.state import GatewayState
-from controlplane.runtime.etcd_types import Compare, Target
-from controlplane.runtime.ids import Epoch, Slot
-from controlplane.runtime.messages.common import ReplicaPhase
-from controlplane.runtime.messages.route import Inventory, JournalPhase
-from dataplane.engine.book import SequenceBook
+from tests.sim import bugs_leader as leader
+from tests.sim import bugs_peers as peers
+from tools.sim.faults import KINDS, Fault, draw_schedule
+from tools.sim.run import FAULTS_S, Outcome, run_seed
 from tools.sim.world import Shape
-
-core = controlplane.core
-gateway = controlplane.gateway
-worker = dataplane.core
 
 SMALL = Shape(control_planes=2, workers=2, devices=1, replicas=2)
 PLAIN = Shape()
+WARM_S = 5.0
+PATIENCE_S = 30.0
+"""The faults that bring mutants out are few: without the mutant all is well long before."""
+SEEDS_MAX = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """`apply` makes the bug; `kinds` are the faults that should bring it out."""
+    """`apply` makes the bug; `faults` are kinds that should bring it out, drawn by seed, or the faults themselves."""
 
     name: str
     apply: Callable[[pytest.MonkeyPatch], None]
-    kinds: tuple[str, ...]
+    faults: tuple[str, ...] | list[Fault]
     shape: Shape = SMALL
     # Seeds that it takes to find it, counted from 0 on.
     seeds: int = 1
 
-
-# ---------------------------------------------------------------- the leader
-
-
-def skip_grace(patch: pytest.MonkeyPatch) -> None:
-    original = core.step._count_grace
-
-    def count(state: Any, passed_s: float) -> None:
-        state.grace_s = 0.0
-        original(state, passed_s)
-
-    patch.setattr(core.step, "_count_grace", count)
-
-
-def revoke_on_silence(patch: pytest.MonkeyPatch) -> None:
-    original = core.membership._unreachable
-
-    def unreachable(state: Any, node: Any, reason: Any) -> None:
-        original(state, node, reason)
-        state.emit(RevokeLease(node.node, node.incarnation, node.lease_id))
-
-    patch.setattr(core.membership, "_unreachable", unreachable)
-
-
-def one_refusal_is_proof(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(controlplane.runtime.probe, "CONNECTS", 1)
-
-
-def lease_loss_kills(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core.membership, "_speaks", lambda state, node: False)
-
-
-def judge_after_pause(patch: pytest.MonkeyPatch) -> None:
-    def tick(state: Any) -> None:
-        interval = state.timings.heartbeat_interval
-        passed_s = interval if state.ticked is None else state.now - state.ticked
-        state.ticked = state.now
-        core.step._count_grace(state, passed_s)
-        core.membership.tick(state, passed_s)
-        core.step.recovery.tick(state, passed_s)
-        core.step.gateways.tick(state, passed_s)
-        core.scheduler.expire(state)
-
-    patch.setattr(core.step, "_tick", tick)
-
-
-def frozen_leader_revokes(patch: pytest.MonkeyPatch) -> None:
-    def act(state: Any, node: Any) -> None:
-        if not node.revoked and node.link is None:
-            node.revoked = True
-            state.emit(RevokeLease(node.node, node.incarnation, node.lease_id))
-
-    patch.setattr(core.membership, "_act_on_proof", act)
-
-
-def epoch_reuse(patch: pytest.MonkeyPatch) -> None:
-    original = core.groups.place
-
-    def place(state: Any, replica: Any, *rest: Any) -> None:
-        # Every second regroup takes the number of the one before.
-        if replica.epoch > 1:
-            state.epochs[replica.replica] = Epoch(replica.epoch - 1)
-        original(state, replica, *rest)
-
-    patch.setattr(core.deployments, "place", place)
-
-
-def epoch_of_a_restored_store(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core.groups, "EPOCHS_A_TERM", 0)
-    patch.setattr(core.adoption, "note_epoch", lambda state, replica, epoch: None)
-
-
-def form_before_written(patch: pytest.MonkeyPatch) -> None:
-    original = core.groups.place
-
-    def place(state: Any, replica: Any, *rest: Any) -> None:
-        original(state, replica, *rest)
-        replica.stored = replica.epoch
-        core.groups._enter(state, replica, ReplicaPhase.PREPARING)
-
-    patch.setattr(core.deployments, "place", place)
-
-
-def credit_leak(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core.load.Load, "ended", lambda self, request: self.outstanding.discard(request))
-
-
-def end_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core.scheduler, "end", lambda state, ended: None)
-
-
-def unguarded_write(patch: pytest.MonkeyPatch) -> None:
-    def anybody(key: str, value: bytes) -> Compare:
-        return Compare(key, Target.VERSION, 1)
-
-    patch.setattr(controlplane.store, "value_is", anybody)
-
-
-# ---------------------------------------------------------------- the gateway
-
-
-def double_delivery(patch: pytest.MonkeyPatch) -> None:
-    """A worker that sends all again meets a journal that takes all."""
-
-    def take(choice: Any, first_index: int, tokens: Any) -> Any:
-        choice.tokens.extend(tokens)
-        return tokens
-
-    def rewind(choice: Any, next_index: int) -> None:
-        choice.sent, choice.finish_sent = choice.delivered, False
-
-    patch.setattr(gateway.serve_rules, "take_fresh", take)
-    patch.setattr(worker.sync, "rewind", rewind)
-
-
-def forget_on_failover(patch: pytest.MonkeyPatch) -> None:
-    original = GatewayState.inventory
-
-    def inventory(self: GatewayState, now: float) -> Any:
-        for chunk in original(self, now):
-            kept = tuple(one for one in chunk.journals if one.phase is not JournalPhase.ROUTING)
-            yield Inventory(journals=kept, last=chunk.last)
-
-    patch.setattr(GatewayState, "inventory", inventory)
-
-
-def closed_epoch_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gateway.route_rules, "on_closed", lambda state, closed, now: [])
-
-
-def bump_without_key(patch: pytest.MonkeyPatch) -> None:
-    def placed(self: GatewayState, key: Any) -> list[Any]:
-        return [journal for journal in self.journals.values() if journal.placement]
-
-    patch.setattr(GatewayState, "placed_at", placed)
-
-
-def retry_without_budget(patch: pytest.MonkeyPatch) -> None:
-    original = gateway.request_rules.move_on
-
-    def move_on(state: Any, journal: Any, *rest: Any, **options: Any) -> Any:
-        journal.retries = 0
-        return original(state, journal, *rest, **options)
-
-    for module in (gateway.route_rules, gateway.serve_rules, gateway.step):
-        patch.setattr(module, "move_on", move_on)
-
-
-def poison_retried(patch: pytest.MonkeyPatch) -> None:
-    for module in (gateway.request_rules, gateway.route_rules, core.scheduler):
-        patch.setattr(module, "CRASHES_MAX", 99)
-
-
-def slot_reused(patch: pytest.MonkeyPatch) -> None:
-    def mint(self: GatewayState) -> Slot:
-        return next(Slot(number) for number in range(1, 1 << 20) if number not in self.slots)
-
-    patch.setattr(GatewayState, "mint_slot", mint)
-
-
-def shadows_never_ended(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(worker.bodies, "drop", lambda turn, request: None)
-
-
-# ---------------------------------------------------------------- the worker and its engine
-
-
-def finish_without_its_token(patch: pytest.MonkeyPatch) -> None:
-    original = worker.cursors._Message.add
-
-    def add(self: Any, slot: Any, choice: Any) -> None:
-        if choice.finish is not None and len(choice.tokens) - choice.sent > 0:
-            choice.sent = len(choice.tokens)
-        original(self, slot, choice)
-
-    patch.setattr(worker.cursors._Message, "add", add)
-
-
-def sync_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(worker.sync, "_find", lambda turn, stream, cursor: None)
-
-
-def block_leak(patch: pytest.MonkeyPatch) -> None:
-    def leak(self: SequenceBook, sequence: Any) -> None:
-        sequence.blocks = []
-
-    patch.setattr(SequenceBook, "_drop_blocks", leak)
-
+    def run(self, seed: int) -> Outcome:
+        """The seed's world; the bug must be in place."""
+        return run_seed(seed, self._schedule(seed), self.shape, PATIENCE_S)
+
+    def _schedule(self, seed: int) -> list[Fault]:
+        if isinstance(self.faults, list):
+            return self.faults
+        kinds = tuple(kind for kind in KINDS if kind.name in self.faults)
+        control_planes = [f"cp{n}" for n in range(1, self.shape.control_planes + 1)]
+        hosts = control_planes, [f"w{n}" for n in range(1, self.shape.workers + 1)]
+        return draw_schedule(seed, hosts, self.shape.devices, WARM_S, WARM_S + FAULTS_S, kinds) if kinds else []
+
+
+RESTORED = [
+    Fault(7.0, "etcd_snapshot"),
+    Fault(8.0, "kill", "leader", lasts=1.0),
+    Fault(12.0, "cut_etcd", "w2", lasts=3.0),
+    Fault(12.5, "kill", "cp1", lasts=1.5),
+    Fault(12.5, "kill", "cp2", lasts=1.5),
+    Fault(13.0, "etcd_restore"),
+]
+"""Nobody who stands for election knows of the term that was led last."""
+OLD_LEADER = [
+    *(Fault(7.0, "cut_etcd", name, lasts=9.0) for name in ("leader", "w1", "w2")),
+    *(Fault(10.0 + 0.2 * turn, "burst", value=6.0) for turn in range(20)),
+]
+"""The leader and the workers are cut off from etcd, where another is elected: its gateway tells the workers."""
+LATE_BODIES = [
+    *OLD_LEADER,
+    *(Fault(9.0, "slow", name, 0.3, 7.0) for name in ("cp1", "cp2")),
+]
+LATE_FOR_AN_EPOCH = [
+    Fault(6.0, "slow", "cp2", 0.5, 14.0),
+    *(Fault(7.0 + turn, "rank_crash", f"w{1 + turn % 2}/cpu:0") for turn in range(10)),
+    *(Fault(7.0 + 0.2 * turn, "burst", value=6.0) for turn in range(50)),
+]
+"""Bodies are on their way while their replica falls and comes up again."""
 
 MUTANTS = (
-    Mutant("skip grace", skip_grace, ("stop", "lose_machine", "isolate"), seeds=5),
-    Mutant("revoke on silence", revoke_on_silence, ("stop", "break"), PLAIN),
-    Mutant("proof from one refusal", one_refusal_is_proof, ("reject_break",), PLAIN),
-    Mutant("lease loss closes a live node", lease_loss_kills, ("revoke_lease",), PLAIN),
-    Mutant("judging right after a pause", judge_after_pause, ("stop",), Shape(1, 2, 1, 2)),
-    Mutant("a frozen leader revokes", frozen_leader_revokes, ("etcd_down", "kill"), seeds=4),
-    Mutant("epoch reuse", epoch_reuse, ("rank_crash", "kill")),
+    # the leader
+    Mutant("skip grace", leader.skip_grace, ("stop", "lose_machine", "isolate"), seeds=5),
+    Mutant("revoke on silence", leader.revoke_on_silence, ("stop", "break"), PLAIN),
+    Mutant("proof from one refusal", leader.one_refusal_is_proof, ("reject_break",), PLAIN),
+    Mutant("lease loss closes a live node", leader.lease_loss_kills, ("revoke_lease",), PLAIN),
+    Mutant("judging right after a pause", leader.judge_after_pause, ("stop",), Shape(1, 2, 1, 2)),
+    Mutant("FROZEN leader revokes", leader.frozen_leader_revokes, ("etcd_down", "kill"), seeds=4),
+    Mutant("epoch reuse", leader.epoch_reuse, ("rank_crash", "kill")),
     Mutant(
-        "epoch from a restored store",
-        epoch_of_a_restored_store,
+        "epoch from a restored etcd",
+        leader.epoch_of_a_restored_store,
         ("etcd_snapshot", "rank_crash", "etcd_restore", "kill"),
         seeds=2,
     ),
-    Mutant("form before the epoch is written", form_before_written, ()),
-    Mutant("credit leak", credit_leak, ()),
-    Mutant("an end is forgotten", end_forgotten, ()),
-    Mutant("guard by something else than the value", unguarded_write, ("kill",)),
-    Mutant("double delivery", double_delivery, ("break",)),
-    Mutant("forget on failover", forget_on_failover, ("kill", "break", "burst")),
-    Mutant("news of a closed epoch ignored", closed_epoch_ignored, ("rank_crash",)),
-    Mutant("bump without key", bump_without_key, ("rank_crash",)),
-    Mutant("retry without budget", retry_without_budget, ("rank_crash", "burst"), seeds=9),
-    Mutant("retry of a poison request", poison_retried, ("poison",)),
-    Mutant("slot reused", slot_reused, ()),
-    Mutant("shadows never ended", shadows_never_ended, ()),
-    Mutant("finish apart from its token", finish_without_its_token, ()),
-    Mutant("sync ignored", sync_ignored, ("break",)),
-    Mutant("block leak", block_leak, ()),
+    Mutant("Form before the epoch is written", leader.form_before_written, ()),
+    Mutant("guard by create-revision", leader.guard_by_create_revision, ("kill",)),
+    Mutant("term not raised", leader.term_not_raised, ("kill",)),
+    Mutant("stale placement", leader.stale_placement, ("rank_crash", "scale", "leave"), PLAIN),
+    Mutant("credit leak", leader.credit_leak, ()),
+    Mutant("queue miscounted", leader.queue_miscounted, ("burst",)),
+    Mutant("an end is forgotten", leader.end_forgotten, ()),
+    Mutant("a request is written to etcd", leader.request_in_etcd, ()),
+    # gateways
+    Mutant("double delivery", peers.double_delivery, ("break",)),
+    Mutant("forget on failover", peers.forget_on_failover, ("kill", "break", "burst")),
+    Mutant("news of a closed epoch ignored", peers.closed_epoch_ignored, ("rank_crash",)),
+    Mutant("bump without key", peers.bump_without_key, ("rank_crash",)),
+    Mutant("retry without budget", peers.retry_without_budget, ("rank_crash", "burst"), seeds=9),
+    Mutant("retry of a poison request", peers.poison_retried, ("poison",)),
+    Mutant("slot reused", peers.slot_reused, ()),
+    Mutant("a route of an old attempt", peers.stale_route, ("break", "isolate", "slow", "burst")),
+    # workers and engines
+    Mutant("skip fencing: an old leader is obeyed", peers.old_leader_obeyed, OLD_LEADER),
+    Mutant("skip fencing: a permit of an old term runs", peers.old_term_runs, LATE_BODIES),
+    Mutant("skip fencing: a permit of an old epoch runs", peers.old_epoch_runs, LATE_FOR_AN_EPOCH),
+    Mutant("skip fencing: two leaders of a term", peers.two_leaders_of_a_term, RESTORED),
+    Mutant("shadows never ended", peers.shadows_never_ended, ()),
+    Mutant("shadows not kept", peers.orphans_dropped, ("kill",)),
+    Mutant("finish apart from its token", peers.finish_without_its_token, ()),
+    Mutant("Sync ignored", peers.sync_ignored, ("break",)),
+    Mutant("block leak", peers.block_leak, ()),
 )
+
+
+def hunt(mutant: Mutant, seeds: list[int]) -> tuple[int, str]:
+    """How many of `seeds` it takes to find the mutant, and how it shows. (0, "") if none does."""
+    with pytest.MonkeyPatch.context() as patch:
+        mutant.apply(patch)
+        for count, seed in enumerate(seeds, 1):
+            outcome = mutant.run(seed)
+            if not outcome.ok:
+                return count, outcome.error
+    return 0, ""
+
+
+def main(words: list[str]) -> None:
+    for mutant in MUTANTS:
+        if not all(word in mutant.name for word in words):
+            continue
+        count, error = hunt(mutant, list(range(SEEDS_MAX)))
+        print(f"{mutant.name:<44} {count or '-':>3}  {error}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

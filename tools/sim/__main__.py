@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from tools.sim.campaign import run_campaign
 from tools.sim.run import Outcome, run_seed
 from tools.sim.scenario import of_outcome, read_scenario
 from tools.sim.shrink import shape_text, shrink
+from tools.sim.story import filtered
 
 SCENARIOS = Path("tests/scenario/sim")
 SEEDS_MAX = 1 << 31
@@ -26,43 +28,63 @@ def main(
     seed: Annotated[int | None, typer.Argument(help="Replay this seed and print its story.")] = None,
     seeds: Annotated[str, typer.Option(help="Run the seeds A..B (B not included).")] = "",
     minutes: Annotated[float | None, typer.Option(help="Run fresh seeds, or --seeds, for so long.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Story lines that name this request, node or replica.")] = None,
-    scenario: Annotated[Path | None, typer.Option(help="Run a scenario's file and print its story.")] = None,
+    scenario: Annotated[
+        Path | None, typer.Option(help="Run a scenario's file and print its story.", exists=True, dir_okay=False)
+    ] = None,
+    shorten: Annotated[
+        bool | None,
+        typer.Option(
+            "--shrink/--no-shrink",
+            help="Look for a short schedule that fails alike. Without the option: if one of many seeds failed.",
+        ),
+    ] = None,
     save: Annotated[str, typer.Option(help="Shrink the failure and save it under this name.")] = "",
-    failures: Annotated[int, typer.Option(help="Stop after so many failed seeds.")] = 1,
+    failures: Annotated[int, typer.Option(help="Stop after so many failed seeds.", min=1)] = 1,
 ) -> None:
-    """A cluster of real cores in a world of faults. Exit status 1: something failed."""
-    if scenario is not None:
-        outcome = read_scenario(scenario).run()
-        _tell(outcome, tuple(only or ()))
-    elif seed is not None:
-        outcome = run_seed(seed)
-        _tell(outcome, tuple(only or ()))
-        _save(outcome, save)
+    """A cluster of real cores in a world of faults. Exit status 1: something failed.
+
+    One of SEED, --seeds, --minutes and --scenario says what to run. The same seed gives the same story, to the byte.
+    """
+    if scenario is None and seed is None:
+        failed = _campaign(seeds, minutes, jobs, failures)
+        shorten = shorten is not False
     else:
-        _campaign(seeds, minutes, jobs, failures, save)
-        return
-    raise typer.Exit(0 if outcome.ok else 1)
+        outcome = run_seed(seed) if seed is not None else _run_scenario(scenario)
+        _tell(outcome, tuple(only or ()))
+        failed = None if outcome.ok else outcome
+    if failed is not None and (shorten or save):
+        _shrink(failed, save)
+    raise typer.Exit(1 if failed is not None else 0)
 
 
-def _campaign(seeds: str, minutes: float | None, jobs: int, failures: int, save: str) -> None:
+def _run_scenario(path: Path | None) -> Outcome:
+    assert path is not None
+    try:
+        return read_scenario(path).run()
+    except ValueError as error:
+        raise typer.BadParameter(f"{path}: {error}") from error
+
+
+def _campaign(seeds: str, minutes: float | None, jobs: int, failures: int) -> Outcome | None:
+    """The first that failed."""
+
     def failed(outcome: Outcome) -> None:
         print(f"seed {outcome.seed} failed: {outcome.error}", flush=True)
 
     tally = run_campaign(_range(seeds, minutes), jobs=jobs, minutes=minutes, failures_max=failures, on_failure=failed)
     print(tally)
-    if tally.failed:
-        _save(tally.failed[0], save)
-        raise typer.Exit(1)
+    return tally.failed[0] if tally.failed else None
 
 
 def _range(seeds: str, minutes: float | None) -> Iterable[int]:
     if seeds:
-        first, _, end = seeds.partition("..")
-        return range(int(first), int(end))
+        if (ends := re.fullmatch(r"(\d+)\.\.(\d+)", seeds)) is None:
+            raise typer.BadParameter(f"--seeds {seeds} is no range A..B")
+        return range(int(ends[1]), int(ends[2]))
     if minutes is None:
-        raise typer.BadParameter("give a seed, --seeds A..B or --minutes N")
+        raise typer.BadParameter("give a seed, --seeds A..B, --minutes N or --scenario FILE")
     return itertools.count(random.SystemRandom().randrange(SEEDS_MAX))
 
 
@@ -70,9 +92,8 @@ def _tell(outcome: Outcome, only: tuple[str, ...]) -> None:
     print(f"seed {outcome.seed}: {shape_text(outcome.shape)}")
     for fault in outcome.faults:
         print(f"  {fault}")
-    for line in outcome.story:
-        if not only or any(word in line for word in only):
-            print(line)
+    for line in filtered(outcome.story, only):
+        print(line)
     if outcome.trace:
         print(outcome.trace)
     print(
@@ -80,15 +101,16 @@ def _tell(outcome: Outcome, only: tuple[str, ...]) -> None:
     )
 
 
-def _save(outcome: Outcome, name: str) -> None:
-    if not name or outcome.ok:
-        return
-    short = shrink(outcome, lambda text: print(text, flush=True))
-    path = SCENARIOS / f"{name}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(of_outcome(short, short.error)))
-    print(f"saved {path}")
-    print(path.read_text())
+def _shrink(failed: Outcome, name: str) -> None:
+    """Print the shortest schedule found that fails alike; keep it if it has a name."""
+    short = shrink(failed, lambda text: print(text, flush=True))
+    text = str(of_outcome(short, short.error))
+    print(text, end="")
+    if name:
+        path = SCENARIOS / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(f"saved {path}")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,15 @@ from tools.sim.engine import BLOCK_TOKENS
 if TYPE_CHECKING:
     from tools.sim.gateway import SimGateway
     from tools.sim.kernel import Kernel
+    from tools.sim.worker import SimWorker
 
 DEADLINE_S = 600.0
 DRAIN_S = (0.001, 0.2)
 RESUME_S = (0.01, 2.0)
 RESUME_AGAIN_S = 1.0
 RESUMES_MAX = 40
+KEPT_SHARE = 0.5
+"""Of a worker's grace: its clock may run fast, or leap."""
 TOKEN_BYTES = 4
 
 
@@ -52,11 +55,14 @@ class Client:
     leaves_after: int | None
     gateway: SimGateway
     # Running workers that hold the request, by the truth.
-    holders: Callable[[RequestId], list[str]]
+    holders: Callable[[RequestId], list[SimWorker]]
     choices: list[Choice] = field(default_factory=list[Choice])
     # "finished", "left", "cut" (its gateway died), "lost" (nobody could go on with it), or the failure's name; "" while
     # it is open.
     outcome: str = ""
+    # Where it ran when its gateway died, and when that was.
+    keeper: SimWorker | None = None
+    cut_at: float = 0.0
 
     @property
     def open(self) -> bool:
@@ -64,12 +70,17 @@ class Client:
 
     def send(self) -> None:
         """Over the client's connection into its gateway."""
-        if not self.gateway.process.alive:
+        if self.gateway.process.alive:
+            self.gateway.process.run(self._open, self.gateway)
+        else:
+            self.end("cut")
+
+    def _open(self, gateway: SimGateway) -> None:
+        if not self.open or gateway is not self.gateway:
+            return
+        if not gateway.open:
             self.end("cut")
             return
-        self.gateway.process.run(self._open)
-
-    def _open(self) -> None:
         asked = RequestAccepted(
             request=self.request,
             deployment=DeploymentId("m"),
@@ -118,19 +129,41 @@ class Client:
     # ------------------------------------------------------------ at another gateway
 
     def cut_off(self, others: list[SimGateway]) -> None:
-        """Its gateway died: it goes on at another one, if it is of that kind."""
+        """Its gateway died or leaves: it goes on at another one, if it is of that kind."""
+        self.gateway.requests.leave(self.request, complete=False)
         if all(choice.finished for choice in self.choices):
             self.end("finished")
         elif not self.resumes or not others:
             self.end("cut")
         else:
+            self.keeper, self.cut_at = self._keeper(), self.kernel.now
             self.gateway = self.kernel.random.choice(others)
             self.kernel.tell("client", "request_resumed", request=self.request, gateway=self.gateway.process.name)
             delay = self.kernel.random.uniform(*RESUME_S)
             self.gateway.process.later(delay, self._resume, self.gateway)
 
+    def _keeper(self) -> SimWorker | None:
+        """The worker that runs what its gateway's journal says: it alone must keep the stream."""
+        journal = self.gateway.state.journals.get(self.request)
+        if journal is None or journal.placement is None:
+            return None
+        for worker in self.holders(self.request):
+            here = worker.identity.serve_address == journal.placement.worker
+            if here and worker.state.requests[self.request].attempt == journal.attempt:
+                return worker
+        return None
+
+    def _lose(self) -> None:
+        """Nobody has the stream; whoever had it may have died, or kept it in vain for as long as was promised."""
+        keeper, kept_s = self.keeper, self.kernel.now - self.cut_at
+        if keeper is not None and keeper.process.runs and kept_s < keeper.timings.resume_grace * KEPT_SHARE:
+            held = self.request in keeper.state.requests
+            assert held, f"{self.request} was dropped by {keeper.name} {kept_s:.1f} s after its gateway's death"
+        self.end("lost")
+
     def _resume(self, gateway: SimGateway) -> None:
-        gateway.process.spawn(self._go_on(gateway))
+        if gateway is self.gateway and gateway.open:
+            gateway.process.spawn(self._go_on(gateway))
 
     async def _go_on(self, gateway: SimGateway) -> None:
         for _ in range(RESUMES_MAX):
@@ -143,16 +176,17 @@ class Client:
                     return
             if found.certain:
                 holders = self.holders(self.request)
-                assert not holders, f"{self.request} is held by {holders} and denied"
-                self.end("lost")
+                names = [worker.name for worker in holders]
+                assert not holders, f"{self.request} is held by {names} and denied"
+                self._lose()
                 return
             await gateway.process.sleep(RESUME_AGAIN_S)
-        self.end("lost")
+        self._lose()
 
     def _adopt(self, gateway: SimGateway, found: ShadowFound, shadow: Shadow) -> None:
         held = [len(choice.delivered) // TOKEN_BYTES for choice in shadow.choices]
         if any(choice.given > tokens for choice, tokens in zip(self.choices, held, strict=True)):
-            self.end("lost")
+            self._lose()
             return
         asked = RequestAccepted(
             request=self.request,
@@ -185,7 +219,7 @@ class Client:
 class Crowd:
     """Makes clients and remembers them."""
 
-    def __init__(self, kernel: Kernel, holders: Callable[[RequestId], list[str]]) -> None:
+    def __init__(self, kernel: Kernel, holders: Callable[[RequestId], list[SimWorker]]) -> None:
         self.kernel = kernel
         self.holders = holders
         self.clients: dict[RequestId, Client] = {}

@@ -64,7 +64,12 @@ class Etcd:
         # The alarm NOSPACE: reads and keepalives only.
         self.read_only = False
         self.delay_s = 0.0
+        # Its members elect a leader: calls wait, or are lost.
+        self.electing = False
+        # Share of the calls that fail, carried out or not.
+        self.failing = 0.0
         self.content = Content()
+        self.restores = 0
         # Sees every guarded or plain change before it is made.
         self.on_txn: Callable[[Txn, bool], None] = lambda txn, succeeded: None
         self.watchers: dict[int, tuple[str, Watcher, Callable[[], None]]] = {}
@@ -156,8 +161,27 @@ class Etcd:
         """After a restart all leases live in full again, and an election timeout longer."""
         if not self.up:
             self.up = True
-            for lease in self.content.leases.values():
-                lease.expires = self.kernel.now + lease.ttl + self.kernel.random.uniform(0.5, 2.5)
+            self._extend_leases()
+
+    def begin_election(self) -> None:
+        """Its members have no leader. Watches stay open, and nothing happens that they could tell of."""
+        self.electing = True
+
+    def end_election(self) -> None:
+        """A new leader of the members gives all leases their time in full."""
+        if self.electing:
+            self.electing = False
+            self._extend_leases()
+
+    def _extend_leases(self) -> None:
+        for lease in self.content.leases.values():
+            lease.expires = self.kernel.now + lease.ttl + self.kernel.random.uniform(0.5, 2.5)
+
+    def heal(self) -> None:
+        """It is up, and serves everything in time."""
+        self.come_up()
+        self.end_election()
+        self.read_only, self.delay_s, self.failing = False, 0.0, 0.0
 
     def compact(self) -> None:
         self.content.compacted = self.content.revision
@@ -168,6 +192,7 @@ class Etcd:
 
     def restore(self, content: Content) -> None:
         """An older state takes this one's place: revisions go back, keys under dead leases are there again."""
+        self.restores += 1
         self.content = copy.deepcopy(content)
         for lease in self.content.leases.values():
             lease.expires = self.kernel.now + lease.ttl
@@ -207,7 +232,7 @@ class Etcd:
 
     def _expire(self) -> None:
         self.kernel.after(ETCD_EXPIRY_LAG_S, self._expire)
-        if self.up:
+        if self.up and not self.electing:
             for lease in [lease for lease in self.content.leases.values() if lease.expires <= self.kernel.now]:
                 self.kernel.tell("etcd", "lease_expired", lease=lease.id)
                 self.revoke(lease.id)

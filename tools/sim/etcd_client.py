@@ -22,7 +22,10 @@ from tools.sim.process import Future, Process
 T = TypeVar("T")
 
 LATE_ONES_DROPPED = 0.5
-"""Share of the calls, caught by a partition, that never arrive; the others do when it ends."""
+"""Share of the calls, caught by a partition or an election, that never arrive; the others do when it ends."""
+
+FAILED_ARE_DONE = 0.5
+"""Share of the calls answered with a failure that were carried out all the same."""
 
 RETRANSMIT_S = 0.2
 AWAY = (EtcdUnavailable, EtcdDenied)
@@ -70,19 +73,23 @@ class SimEtcdClient:
         return self.network.delay(self.process.host, HOST) + self.etcd.delay_s * self.network.kernel.random.random()
 
     def _arrive(self, operation: Callable[[], Any], answer: Future) -> None:
-        kernel = self.network.kernel
-        if self.network.is_cut(self.process.host, HOST):
+        kernel, etcd = self.network.kernel, self.etcd
+        if self.network.is_cut(self.process.host, HOST) or etcd.electing:
             if kernel.random.random() >= LATE_ONES_DROPPED:
                 kernel.after(kernel.random.uniform(0.2, 1.0), self._arrive, operation, answer)
             return
-        if not self.etcd.up:
+        if not etcd.up:
             kernel.after(self.delay(), self._answer, answer, None, EtcdUnavailable("etcd is away", RETRY_MS))
             return
         value, error = None, None
+        fails = kernel.random.random() < etcd.failing
         try:
-            value = operation()
+            if not fails or kernel.random.random() < FAILED_ARE_DONE:
+                value = operation()
         except PerdureError as refusal:
             error = refusal
+        if fails:
+            error = EtcdUnavailable("the call failed", RETRY_MS)
         kernel.after(self.delay(), self._answer, answer, value, error)
 
     def _answer(self, answer: Future, value: Any, error: Exception | None) -> None:

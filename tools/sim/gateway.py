@@ -88,6 +88,8 @@ class SimGateway:
         self.identity = identity
         self.timings = timings
         self.watcher = watcher
+        # It was told to go: it takes no clients any more.
+        self.leaving = False
         self.requests = SimRequests(self)
         self.link = SimLeaderLink(self)
         self.workers = SimWorkerStreams(self)
@@ -96,8 +98,20 @@ class SimGateway:
         process.spawn(self._tick())
 
     @property
+    def open(self) -> bool:
+        """It takes clients."""
+        return self.process.alive and not self.leaving
+
+    @property
     def state(self) -> GatewayState:
         return self.requests.state
+
+    def end(self) -> None:
+        """The process leaves: what runs stays at its workers, for other gateways to resume."""
+        self.leaving = True
+        self.requests.release()
+        self.link.leave()
+        self.workers.leave()
 
     async def _tick(self) -> None:
         while True:

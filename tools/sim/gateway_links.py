@@ -61,6 +61,9 @@ class _Session:
         self._received = max(self._received, head.seq)
         return head, body
 
+    def close(self) -> None:
+        self._reader.side.close()
+
     def _write(self) -> None:
         items = list(self._outbox)
         self._outbox.clear()
@@ -122,6 +125,10 @@ class SimLeaderLink:
             if self._leader.addresses and self._leader.addresses[0] != address:
                 return
 
+    def leave(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
     def _close_session(self) -> None:
         if self._session is not None:
             self._session = None
@@ -160,7 +167,10 @@ class SimLeaderLink:
         if isinstance(answer, SessionRefused):
             self._leader.hint(answer.leader_address, answer.highest_term)
             return None
-        return answer if isinstance(answer, GatewayWelcome) and answer.term >= term else None
+        if not isinstance(answer, GatewayWelcome):
+            return None
+        self._leader.meet(answer.term, answer.leader)
+        return answer if answer.term >= self._leader.highest_term else None
 
     async def _hold(self, session: _Session) -> None:
         for chunk in self._gateway.requests.leader_opened(session.term):
@@ -222,6 +232,10 @@ class SimWorkerStreams:
 
     def send(self, worker: WorkerKey, body: ServeUp) -> None:
         self._running[worker][0].send(body)
+
+    def leave(self) -> None:
+        for stream, _ in self._running.values():
+            stream.end()
 
 
 class SimWorkerStream:

@@ -32,6 +32,8 @@ class Kernel:
         self.random = Random(seed)
         self.story = story
         self.steps = 0
+        # Hears the name of every event of the story.
+        self.on_told: Callable[[str], None] = _nothing
         self._heap: list[tuple[float, int, Timer]] = []
         self._order = 0
 
@@ -66,3 +68,8 @@ class Kernel:
     def tell(self, who: str, what: str, **about: object) -> None:
         """One line of the story."""
         self.story.tell(self.now, who, what, about)
+        self.on_told(what)
+
+
+def _nothing(event: str) -> None:
+    pass

@@ -165,6 +165,10 @@ class SimCoordinator:
         self._streams.pop(connection, None)
         self.hand_in(term, core.WorkerClosed(connection) if worker else core.GatewayClosed(connection))
 
+    def end(self) -> None:
+        """The process leaves: no term, no session any more."""
+        self._end_term(Reason(kind=ReasonKind.ADMIN, text="the process was stopped"))
+
     def take_wish(self, body: core.DrainAsked | core.UndrainAsked | core.CancelAsked | core.ApplyAsked) -> None:
         """An operator's; lost if this process does not lead."""
         self._step(core.AdminAsked(core.AskId(next(self._numbers)), body))

@@ -1,8 +1,10 @@
 """The network between simulated processes: what TCP and gRPC's pings make of a bad one.
 
-A connection keeps its frames in order and loses none while it lives. Hosts may be cut off from each other one way or
-both ways; frames then wait, as TCP would send them again, until pings end the connection. A killed process's peers hear
-of it at once, or late; a stopped one's kernel still accepts connects; a living one's port may refuse.
+A connection keeps its frames in order and loses none while it lives: a lost packet makes its frame late, and all
+behind it. Frames of different connections overtake each other. Hosts may be cut off from each other one way or both
+ways; frames then wait, as TCP would send them again, until pings end the connection. A connection may break at both
+ends, or at one while the other stays open. A killed process's peers hear of it at once, or late; a stopped one's kernel
+still accepts connects; a living one's port may refuse. Worse than TCP on purpose: frames may come twice.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ PING_NOTICED_S = (0.8, 1.8)
 """How long until pings without an answer end a connection (PROTOCOL §1, ping timeout of H)."""
 
 EOF_S = (0.001, 0.003)
+RESEND_S = 0.2
+RESEND_S_MAX = 1.6
+"""TCP sends a lost packet again after so long (RFC 6298's least, as Linux has it), then after twice as long."""
+
 WINDOW_FRAMES = 8
 """Frames in flight one way; beyond it a writer waits: the peer's backpressure."""
 
@@ -92,6 +98,13 @@ class Side:
             self._pump()
             self.process.run(self.on_closed)
 
+    def vanish(self) -> None:
+        """As `cut`, but the other end is told nothing."""
+        if not self.closed:
+            self.closed = True
+            self._queue.clear()
+            self.process.run(self.on_closed)
+
     def _pump(self) -> None:
         while self._queue and self._flying < WINDOW_FRAMES:
             self._flying += 1
@@ -115,6 +128,8 @@ class Side:
             self.peer.cut()
             return
         self.peer.process.run(self.peer.deliver, frame)
+        if self._network.doubles(self.process.host, self.peer.process.host):
+            self.peer.process.run(self.peer.deliver, frame)
         # A stopped reader's window fills up: its room comes back when it reads.
         self.peer.process.run(self._landed)
 
@@ -141,6 +156,11 @@ class Network:
         self.rejecting: set[str] = set()
         # Seconds added to every frame from or to a host.
         self.slow: dict[str, float] = {}
+        # Up to so many seconds more for each frame from or to a host, each its own.
+        self.jitter: dict[str, float] = {}
+        # Share of the packets from or to a host that are lost, and of frames that come twice.
+        self.losing: dict[str, float] = {}
+        self.doubling: dict[str, float] = {}
         # Refused connects in a row: who tried, where, and when the first of them was.
         self._refusals: dict[tuple[str, str], float] = {}
         # When a process last had two refused connects in a row, a gap of a probe apart.
@@ -164,7 +184,26 @@ class Network:
         """Seconds that one frame takes."""
         random = self.kernel.random
         base = random.uniform(0.0002, 0.002) if random.random() < 0.99 else random.uniform(0.002, 0.05)
-        return base + self.slow.get(source, 0.0) + self.slow.get(target, 0.0)
+        if self.slow or self.jitter or self.losing:
+            base += self._spoilt(source) + self._spoilt(target)
+        return base
+
+    def _spoilt(self, host: str) -> float:
+        """Seconds that a frame takes longer for its way through the host."""
+        jitter = self.jitter.get(host, 0.0) * self.kernel.random.random()
+        return self.slow.get(host, 0.0) + jitter + self._resent(self.losing.get(host, 0.0))
+
+    def _resent(self, lost: float) -> float:
+        """Seconds that sending a packet again costs, until it arrives."""
+        waited, wait = 0.0, RESEND_S
+        while lost and self.kernel.random.random() < lost:
+            waited, wait = waited + wait, min(2 * wait, RESEND_S_MAX)
+        return waited
+
+    def doubles(self, source: str, target: str) -> bool:
+        """The frame that goes from one host to the other comes twice."""
+        share = max(self.doubling.get(source, 0.0), self.doubling.get(target, 0.0))
+        return share > 0 and self.kernel.random.random() < share
 
     def is_cut(self, source: str, target: str) -> bool:
         return (source, target) in self.cuts
@@ -256,8 +295,8 @@ class Network:
     def heal_all(self) -> None:
         for source, target in list(self.cuts):
             self.heal(source, target)
-        self.rejecting.clear()
-        self.slow.clear()
+        for spoilt in (self.rejecting, self.slow, self.jitter, self.losing, self.doubling):
+            spoilt.clear()
         for side in self._sides:
             side.lag = 0.0
 
@@ -266,6 +305,13 @@ class Network:
         for side in self.sides_of(process):
             side.cut()
             side.peer.cut()
+
+    def break_half(self, process: Process) -> None:
+        """Every connection of the process ends at its end alone; pings of the other ends stay without an answer."""
+        for side in self.sides_of(process):
+            if not side.closed:
+                side.vanish()
+                self._doubt(side.peer)
 
     def sides_of(self, process: Process) -> list[Side]:
         """This end of every connection of the process."""
@@ -277,7 +323,7 @@ class Network:
 
     def _judge(self, side: Side) -> None:
         here, there = side.process, side.peer.process
-        mute = there.stopped or not there.alive
+        mute = there.stopped or not there.alive or side.peer.closed
         if mute or self.is_cut(here.host, there.host) or self.is_cut(there.host, here.host):
             side.cut()
 

@@ -75,6 +75,11 @@ class Task(Future):
         self._coroutine: Coroutine[Any, Any, Any] | None = coroutine
         process.soon(self._step)
 
+    @property
+    def over(self) -> bool:
+        """It ended or was cancelled."""
+        return self._coroutine is None
+
     def cancel(self) -> None:
         if self._coroutine is not None:
             self._coroutine.close()
@@ -110,6 +115,7 @@ class Process:
         self._jumped = kernel.random.uniform(100.0, 10_000.0)
         self._backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._timers: dict[Timer, tuple[float, Callable[..., None], tuple[Any, ...]]] = {}
+        self._tasks: list[Task] = []
 
     @property
     def runs(self) -> bool:
@@ -179,7 +185,15 @@ class Process:
             action(*arguments)
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> Task:
-        return Task(self, coroutine)
+        task = Task(self, coroutine)
+        self._tasks = [other for other in self._tasks if not other.over]
+        self._tasks.append(task)
+        return task
+
+    def cancel_tasks(self) -> None:
+        """End whatever runs: the process is on its way out."""
+        for task in self._tasks:
+            task.cancel()
 
     def first(self, *futures: Future, timeout: float = float("inf")) -> Future:
         """The index of the first of `futures` that is done; -1 after `timeout` seconds."""

@@ -97,6 +97,8 @@ class SimRank(Process):
         self.stuck = False
         # Times a step is slower than it should be.
         self.slow = 1.0
+        # Seconds that its daemon waits longer for all it says.
+        self.late = 0.0
         self.progress = 0
         self.collective = 0
         self.step = 0
@@ -111,6 +113,9 @@ class SimRank(Process):
         self._stepping = False
         self._lock_tries = 0
         self._report_due = False
+        self._heard_by = 0.0
+        # Its last step's outcome.
+        self._done: frames.StepDone | None = None
 
     # ------------------------------------------------------------ life
 
@@ -139,7 +144,29 @@ class SimRank(Process):
         self.holds_device = False
 
     def say(self, frame: frames.RankFrame) -> None:
-        self.kernel.after(PIPE_S, self.daemon.run, self._said, self, frame)
+        self._heard_by = max(self._heard_by, self.kernel.now + PIPE_S + self.late)
+        self.kernel.at(self._heard_by, self.daemon.run, self._said, self, frame)
+
+    def lie(self) -> str:
+        """Answer what nobody asked, or again, for the present epoch or the one before. The frame's name."""
+        kind = self.kernel.random.choice(("formed", "loaded", "failed", "aborted", "greets", "done"))
+        epoch = self.epoch if self.kernel.random.random() < 0.5 else Epoch(max(0, self.epoch - 1))
+        match kind:
+            case "formed":
+                self.say(frames.Formed(epoch))
+            case "loaded":
+                if self._prepared is not None:
+                    self.say(frames.Loaded(epoch, SimEngine(self._prepared.spec, epoch).capacity, self._weights))
+            case "failed":
+                self.say(frames.Failed(Epoch(max(0, self.epoch - 1)), "step", Reason(kind=ReasonKind.GROUP_FAILED)))
+            case "aborted":
+                self.say(frames.Aborted(epoch))
+            case "greets":
+                self.say(frames.Hello(self.pid, self.device))
+            case _:
+                if self._done is not None:
+                    self.say(self._done)
+        return kind
 
     def hear(self, frame: frames.DaemonFrame) -> None:
         self.kernel.after(PIPE_S, self.run, self._obey, frame)
@@ -172,6 +199,7 @@ class SimRank(Process):
             case frames.Prepare():
                 self._leave()
                 self._prepared = frame
+                self.kernel.tell(self.name, "rank_prepared", replica=frame.replica, epoch=frame.epoch)
                 rendezvous = f"{self.host}:29500" if frame.rank == 0 and len(frame.members) > 1 else ""
                 self.say(frames.Prepared(frame.epoch, rendezvous, self._weights))
             case frames.Form():
@@ -182,6 +210,7 @@ class SimRank(Process):
             case frames.Load():
                 if (prepared := self._in(frame.epoch)) is not None:
                     held = self._weights == _weights(prepared)
+                    self.kernel.tell(self.name, "rank_loading", replica=prepared.replica, epoch=prepared.epoch)
                     self._load(prepared.epoch, LOAD_STAGES if held else 0)
             case frames.Submit():
                 if self.engine is not None:
@@ -227,7 +256,8 @@ class SimRank(Process):
             self.later(FORM_S, self._meet, epoch, deadline)
 
     def _formed(self, epoch: Epoch) -> None:
-        if self._in(epoch) is not None and self.mesh is not None:
+        if (prepared := self._in(epoch)) is not None and self.mesh is not None:
+            self.kernel.tell(self.name, "rank_formed", replica=prepared.replica, epoch=epoch)
             self.say(frames.Formed(epoch))
 
     def _load(self, epoch: Epoch, stage: int) -> None:
@@ -294,6 +324,7 @@ class SimRank(Process):
         for rank in mesh.ranks.values():
             rank.progress += 1
         if (done := self.engine.end()) is not None:
+            self._done = done
             self.say(done)
         self._report()
         self._work()

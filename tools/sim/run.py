@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from controlplane.core.entities import NodePhase
@@ -40,6 +40,8 @@ class Outcome:
     requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter[str])
     struck: int = 0
+    # Faults that struck while that was under way.
+    during: Counter[str] = field(default_factory=Counter[str])
     virtual_s: float = 0.0
     # From healing until all was well.
     healed_s: float = 0.0
@@ -55,19 +57,13 @@ class Outcome:
 def shape_of(seed: int) -> Shape:
     """A world for the seed: small ones, of many kinds."""
     random = Random(f"shape {seed}")
-    tensor = random.choice((1, 1, 1, 2))
+    tensor, pipeline = random.choice(((1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (2, 2)))
     workers = random.choice((1, 2, 3, 3, 4))
     devices = random.choice((1, 2))
-    room = max(1, workers * devices // tensor)
-    if workers * devices < tensor:
-        tensor = 1
-    return Shape(
-        control_planes=random.choice((1, 2, 3, 3)),
-        workers=workers,
-        devices=devices,
-        replicas=random.randrange(1, room + 1),
-        tensor=tensor,
-    )
+    if workers * devices < tensor * pipeline:
+        tensor = pipeline = 1
+    shape = Shape(random.choice((1, 2, 3, 3)), workers, devices, tensor=tensor, pipeline=pipeline)
+    return replace(shape, replicas=random.randrange(1, shape.room + 1))
 
 
 def schedule_of(seed: int, shape: Shape) -> list[Fault]:
@@ -91,15 +87,21 @@ def run_seed(
         try:
             run.play()
         except Exception as error:  # noqa: BLE001 - whatever breaks is what was looked for
-            outcome.error = f"{type(error).__name__}: {error}"
+            outcome.error = f"{type(error).__name__}: {str(error) or _failed_line(error)}"
             outcome.trace = traceback.format_exc()
             world.kernel.tell("world", "broke", error=outcome.error)
     outcome.story, outcome.digest = list(world.story.lines), world.story.digest
     outcome.requests = len(world.crowd.clients)
     outcome.outcomes = Counter(client.outcome for client in world.crowd.clients.values())
-    outcome.struck, outcome.cpu_s = run.striker.struck, time.thread_time() - begun
+    outcome.struck, outcome.during = run.striker.struck, run.striker.during
+    outcome.cpu_s = time.thread_time() - begun
     outcome.virtual_s, outcome.steps, outcome.healed_s = world.kernel.now, world.kernel.steps, run.healed_s
     return outcome
+
+
+def _failed_line(error: Exception) -> str:
+    """What was asserted without words."""
+    return traceback.extract_tb(error.__traceback__)[-1].line or ""
 
 
 class Run:
@@ -194,8 +196,7 @@ class Run:
         return world.safety.leftovers()
 
     def _expected(self) -> int:
-        shape = self.world.shape
-        return min(self.world.wanted.replicas, shape.workers * shape.devices // shape.tensor)
+        return min(self.world.wanted.replicas, self.world.shape.room)
 
     def _has_no_room(self, replicas: int) -> bool:
         return replicas > self._expected()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from controlplane.core import messages as leader_core
-from controlplane.gateway import messages as gateway_core
 from controlplane.runtime.etcd_types import Get, Put, Target, Txn
 from controlplane.runtime.ids import Term
 from controlplane.runtime.keys import Keys
@@ -16,6 +15,7 @@ from tools.sim.engine import BLOCKS
 from tools.sim.safety_gateway import GatewaySafety
 from tools.sim.safety_leader import LeaderSafety
 from tools.sim.safety_worker import WorkerSafety
+from tools.sim.telling import tell_recorded, tell_request
 from tools.sim.watching import Act
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ class Safety:
     def term_begun(self, leader: SimCoordinator) -> None:
         assert leader.term is not None
         other = self._terms.setdefault(leader.term, leader.incarnation)
-        assert other == leader.incarnation, f"term {leader.term} has two leaders"
+        # After a restore a term may come again if nobody who stands for election knows of it; workers then refuse it.
+        unique = other == leader.incarnation or self._world.etcd.restores > 0
+        assert unique, f"term {leader.term} has two leaders"
         self._leaders.duties[leader.incarnation] = Duties(leader.term)
         self._world.kernel.tell(leader.name, "leads", term=leader.term)
 
@@ -75,42 +77,22 @@ class Safety:
         effects = self._leaders.step(leader, event, act)
         for effect in effects:
             if isinstance(effect, leader_core.Recorded):
-                self._tell(leader.name, effect)
+                tell_recorded(self._world.kernel, leader.name, effect)
         return effects
 
     def gateway_step(self, gateway: SimGateway, event: Any, act: Act) -> list[Any]:
         watch = self._gateways.setdefault(gateway.identity.incarnation, GatewaySafety(gateway))
         effects = watch.step(event, act)
         for effect in effects:
-            if isinstance(effect, gateway_core.Moved):
-                self._world.kernel.tell(
-                    gateway.process.name,
-                    "request_moved",
-                    request=effect.request,
-                    attempt=effect.attempt,
-                    planned=effect.planned,
-                    reason=effect.reason.text,
-                )
+            tell_request(self._world.kernel, gateway.process.name, effect)
         return effects
 
     def worker_step(self, worker: SimWorker, event: Any, act: Act) -> list[Any]:
         effects = self._workers.step(worker, event, act)
         for effect in effects:
             if isinstance(effect, worker_core.Recorded):
-                self._tell(worker.name, effect)
+                tell_recorded(self._world.kernel, worker.name, effect)
         return effects
-
-    def _tell(self, who: str, recorded: leader_core.Recorded | worker_core.Recorded) -> None:
-        self._world.kernel.tell(
-            who,
-            recorded.name,
-            node=getattr(recorded, "node", ""),
-            replica=recorded.replica,
-            epoch=recorded.epoch or "",
-            request=recorded.request,
-            reason=recorded.reason.text if recorded.reason is not None else "",
-            **recorded.details,
-        )
 
     # ------------------------------------------------------------ in the end
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from controlplane.runtime.messages.serve import OpenRequest, SlotCursor, StepTokens, SyncReply, SyncSlots
+from controlplane.runtime.ids import Incarnation, Term
+from controlplane.runtime.messages.serve import (
+    OpenRequest,
+    ServeHeartbeat,
+    SlotCursor,
+    StepTokens,
+    SyncReply,
+    SyncSlots,
+)
 from controlplane.runtime.messages.session import Fenced, SessionRefused, WorkerWelcome
 from dataplane import frames
 from dataplane.core.messages import (
+    GatewayOpened,
     GatewaySaid,
     LeaderSaid,
     RankSaid,
@@ -15,6 +24,7 @@ from dataplane.core.messages import (
     SendLeader,
     SendRank,
     SpawnRank,
+    TermSeen,
     Tick,
 )
 from dataplane.core.state import WorkerState
@@ -30,10 +40,13 @@ class WorkerSafety:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        # The highest term that each daemon was told of, and who led it there in each term.
+        self._told: dict[Incarnation, Term] = {}
+        self._leaders: dict[tuple[Incarnation, Term], Incarnation] = {}
 
     def step(self, worker: SimWorker, event: Any, act: Act) -> list[Any]:
         state = worker.state
-        term = state.highest_term
+        term = self._hear(worker.identity.incarnation, event)
         kept: set[int] = set()
         over = False
         match event:
@@ -51,7 +64,36 @@ class WorkerSafety:
             return effects
         state.check()
         self._judge(worker, event, effects, term, kept, over)
+        if isinstance(event, LeaderSaid) and isinstance(event.body, WorkerWelcome):
+            self._welcomed(worker, event.body)
         return effects
+
+    def _hear(self, daemon: Incarnation, event: Any) -> Term:
+        """The highest term that the daemon had been told of before the event."""
+        before = self._told.get(daemon, Term(0))
+        match event:
+            case TermSeen(term):
+                told = term
+            case GatewayOpened(_, hello):
+                told = hello.highest_term_seen
+            case GatewaySaid(_, ServeHeartbeat() as beat):
+                told = beat.highest_term_seen
+            case LeaderSaid(_, _, WorkerWelcome() as welcome):
+                told = welcome.term
+            case LeaderSaid(_, _, SessionRefused() as refused):
+                told = refused.highest_term
+            case _:
+                told = before
+        self._told[daemon] = max(before, told)
+        return before
+
+    def _welcomed(self, worker: SimWorker, welcome: WorkerWelcome) -> None:
+        """One leader's frames alone are accepted in a term."""
+        leader = worker.state.leader
+        if leader is not None and leader.session == welcome.session and leader.term == welcome.term:
+            key = worker.identity.incarnation, welcome.term
+            other = self._leaders.setdefault(key, welcome.leader)
+            assert other == welcome.leader, f"{worker.name} obeys two leaders of term {welcome.term}"
 
     def _judge(self, worker: SimWorker, event: Any, effects: list[Any], term: int, kept: set[int], over: bool) -> None:
         stale = isinstance(event, LeaderSaid) and event.head.term < term

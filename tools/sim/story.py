@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 LINES_KEPT = 200_000
 
@@ -27,6 +27,7 @@ class Story:
         """Equal for equal stories."""
         return self._digest.hexdigest()
 
-    def filtered(self, words: tuple[str, ...] = ()) -> list[str]:
-        """The lines that name any of `words`: a request, a node, a replica; all without words."""
-        return [line for line in self.lines if not words or any(word in line for word in words)]
+
+def filtered(lines: Iterable[str], words: tuple[str, ...] = ()) -> Iterator[str]:
+    """The lines that name any of `words`: a request, a node, a replica; all without words."""
+    return (line for line in lines if not words or any(word in line for word in words))

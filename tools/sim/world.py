@@ -32,6 +32,8 @@ KEYS = Keys("sim")
 DRIFT = 0.005
 """Clocks run up to half a percent fast or slow; real ones a hundred times less."""
 RANKS_DIE_AFTER_S = 0.003
+STOP_GRACE_S = 0.5
+"""A server that stops lets open streams be for so long; its port refuses at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,23 @@ class Shape:
     devices: int = 2
     replicas: int = 3
     tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Of one replica."""
+        return self.tensor * self.pipeline
+
+    @property
+    def room(self) -> int:
+        """Replicas that have a place."""
+        return self.workers * self.devices // self.ranks
 
     def deployment(self) -> DeploymentRecord:
         spec = ReplicaSpec(
             deployment=DeploymentId("m"),
             model_path="m",
-            degrees=ParallelDegrees(tensor=self.tensor),
+            degrees=ParallelDegrees(tensor=self.tensor, pipeline=self.pipeline),
             max_sequences=4,
             max_batch_tokens=32,
         )
@@ -82,9 +95,32 @@ class ControlPlane:
         self.process.spawn(self.leader.run())
         world.network.listen(address, self.process, self._accept)
 
+        self._network = world.network
+        self._address = address
+        self._leaving = False
+
     def _accept(self, side: Side, service: str) -> None:
-        if service in ("attach", "route"):
+        if self._leaving:
+            side.close()
+        elif service in ("attach", "route"):
             self.coordinator.accept(side)
+
+    def leave(self) -> None:
+        """Told to go: streams end first, then leadership and lease are given back, and the listener goes last."""
+        if not self._leaving:
+            self._leaving = True
+            self.process.cancel_tasks()
+            self.gateway.end()
+            self.coordinator.end()
+            self.process.spawn(self._depart())
+
+    async def _depart(self) -> None:
+        await self.coordinator.election.close()
+        self._network.unlisten(self._address, self.process)
+        await self.process.sleep(STOP_GRACE_S)
+        self.process.kernel.tell(self.process.name, "departed")
+        self.process.kill()
+        self._network.killed(self.process, 0.0)
 
 
 class World:
@@ -163,6 +199,22 @@ class World:
         for rank in self.house.of_daemon(process):
             self.kernel.after(RANKS_DIE_AFTER_S, rank.die)
 
+    def leave(self, name: str) -> None:
+        """It is asked to go, and does so in order."""
+        process = self.process(name)
+        if process is None:
+            return
+        self.kernel.tell(name, "told_to_leave")
+        if (control_plane := self.control_planes.get(name)) is not None:
+            process.run(self._leave, control_plane)
+        else:
+            process.run(self.workers[name].stop)
+
+    def _leave(self, control_plane: ControlPlane) -> None:
+        control_plane.leave()
+        self.crowd.gateway_died(control_plane.gateway, self.gateways())
+        self.safety.process_died(control_plane)
+
     def restart(self, name: str) -> None:
         """Start it anew, with nothing remembered; a no-op while it lives."""
         if self.process(name) is None:
@@ -195,12 +247,13 @@ class World:
         return next(iter(self.leaders()), None)
 
     def gateways(self) -> list[SimGateway]:
-        return [one.gateway for one in self.control_planes.values() if one.process.alive]
+        """Those that take clients."""
+        return [one.gateway for one in self.control_planes.values() if one.gateway.open]
 
-    def holders(self, request: RequestId) -> list[str]:
+    def holders(self, request: RequestId) -> list[SimWorker]:
         """Running workers that hold the request's shadow."""
         running = [worker for worker in self.workers.values() if worker.process.runs]
-        return [worker.name for worker in running if request in worker.state.requests]
+        return [worker for worker in running if request in worker.state.requests]
 
     def hosts(self) -> list[str]:
         return [*self.control_planes, *self.workers]
@@ -213,21 +266,29 @@ class World:
 
     def scale(self, replicas: int) -> None:
         """Want so many replicas."""
-        self.wanted = replace(self.wanted, replicas=replicas)
-        self.ask_leader(ApplyAsked(self.wanted))
+        self._want(replace(self.wanted, replicas=replicas))
+
+    def respec(self, max_sequences: int) -> None:
+        """Want all replicas replaced by ones of another spec."""
+        self._want(replace(self.wanted, spec=replace(self.wanted.spec, max_sequences=max_sequences)))
+
+    def _want(self, wanted: DeploymentRecord) -> None:
+        self.wanted = wanted
+        self.ask_leader(ApplyAsked(wanted))
 
     # ------------------------------------------------------------ healing
 
     def heal(self) -> None:
         """Everything that is broken works again, and every process runs."""
         self.network.heal_all()
-        self.etcd.come_up()
-        self.etcd.read_only, self.etcd.delay_s = False, 0.0
+        self.etcd.heal()
         self.house.forks_fail = False
         for name in self.hosts():
             self.go_on(name)
             self.restart(name)
         for rank in self.house.all:
             # One that is stuck or stopped stays so: to find and to kill it is the cluster's task.
-            rank.slow = 1.0
+            rank.slow, rank.late = 1.0, 0.0
+        if not self.wanted.replicas:
+            self.scale(1)
         self.kernel.tell("world", "healed")
