@@ -59,8 +59,8 @@ def _compare(state: ClusterState, node: Node, reported: list[ReplicaInfo]) -> No
             current[info.replica] = info
         else:
             _end_stale(state, node, info, replica)
-    for replica in list(state.replicas.values()):
-        if replica.holds_devices and node.node in replica.nodes:
+    for replica in state.places.on(node.node):
+        if replica.holds_devices:
             _compare_one(state, node, replica, current.get(replica.replica))
 
 

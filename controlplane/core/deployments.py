@@ -11,7 +11,7 @@ from itertools import count, islice
 
 from controlplane.core import slowness
 from controlplane.core.degrees import named
-from controlplane.core.devices import free_nodes, may_place, siblings
+from controlplane.core.devices import free_nodes, may_place
 from controlplane.core.elastic import ELASTIC, choices, is_shrunk, may_grow
 from controlplane.core.entities import Deployment, Replica
 from controlplane.core.groups import note_epoch, place
@@ -268,7 +268,7 @@ def _fits(state: ClusterState, deployment: Deployment) -> bool:
     """One more replica would have a place."""
     name, degrees = deployment.record.deployment, deployment.record.spec.degrees
     more = Wanted(replica=ReplicaId(name), deployment=name, degrees=degrees)
-    return bool(plan([more], free_nodes(state), siblings(state))[more.replica].members)
+    return bool(plan([more], free_nodes(state), state.places.siblings)[more.replica].members)
 
 
 def _add_missing(state: ClusterState, deployment: Deployment) -> None:
@@ -329,13 +329,15 @@ def _grow(state: ClusterState, deployment: Deployment) -> None:
         for replica in replicas
         if replica.phase is ReplicaPhase.READY and not replica.retiring and _is_outgrown(state, deployment, replica)
     ]
+    if not outgrown:
+        return
     steady = all(
         replica.phase is ReplicaPhase.READY
         or _is_hopeless(state, deployment, replica)
         or not (replica is stand_in or replica.holds_devices or replica.retiring)
         for replica in replicas
     )
-    if outgrown and steady:
+    if steady:
         full = named(deployment.record.spec.degrees)
         reason = Reason(kind=ReasonKind.REPLACED, text=f"grows back to {full}: its devices have been there for a while")
         start_drain(state, min(outgrown, key=lambda replica: replica.index), reason, left_s=0.0)
@@ -348,15 +350,16 @@ def _is_hopeless(state: ClusterState, deployment: Deployment, replica: Replica) 
 
 
 def _place_homeless(state: ClusterState) -> None:
-    homeless = {
-        replica.replica: (deployment, replica)
-        for deployment in sorted(state.deployments.values(), key=_has_place)
-        for replica in sorted(filter(_wants_place, deployment.replicas.values()), key=lambda replica: replica.index)
-    }
-    if not homeless:
+    waiting = list(filter(_wants_place, state.places.homeless.values()))
+    if not waiting:
         return
+    served = {name: _has_place(state.deployments[name]) for name in {replica.deployment for replica in waiting}}
+    homeless = {
+        replica.replica: (state.deployments[replica.deployment], replica)
+        for replica in sorted(waiting, key=lambda one: (served[one.deployment], one.deployment, one.index))
+    }
     wanted = [_wanted(state, deployment, replica) for deployment, replica in homeless.values()]
-    for name, made in plan(wanted, free_nodes(state), siblings(state)).items():
+    for name, made in plan(wanted, free_nodes(state), state.places.siblings).items():
         deployment, replica = homeless[name]
         if made.members:
             place(state, replica, replace(deployment.record.spec, degrees=made.degrees), made.members, made.reason)

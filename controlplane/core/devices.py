@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from controlplane.core.entities import LeaderPhase, Node, NodePhase, Replica
@@ -24,12 +24,8 @@ def may_place(state: ClusterState) -> bool:
 
 def free_nodes(state: ClusterState) -> list[FreeNode]:
     """Nodes that may take ranks, each with the devices that no replica holds."""
-    taken: dict[NodeId, set[str]] = defaultdict(set)
-    for replica in state.replicas.values():
-        if replica.holds_devices:
-            for member in replica.members:
-                taken[member.node].add(member.device)
-    return [_free_node(state, node, taken[node.node]) for node in state.nodes.values() if node.placeable]
+    taken = state.places.taken
+    return [_free_node(state, node, taken(node.node)) for node in state.nodes.values() if node.placeable]
 
 
 def with_own(state: ClusterState, nodes: Sequence[FreeNode], replica: Replica) -> list[FreeNode]:
@@ -40,17 +36,7 @@ def with_own(state: ClusterState, nodes: Sequence[FreeNode], replica: Replica) -
     return [replace(node, free=(*node.free, *own[node.node])) if node.node in own else node for node in nodes]
 
 
-def siblings(state: ClusterState) -> Mapping[tuple[DeploymentId, NodeId], int]:
-    """How many replicas of each deployment a node runs."""
-    counts: dict[tuple[DeploymentId, NodeId], int] = {}
-    for replica in state.replicas.values():
-        if replica.holds_devices:
-            for node in replica.nodes:
-                counts[replica.deployment, node] = counts.get((replica.deployment, node), 0) + 1
-    return counts
-
-
-def _free_node(state: ClusterState, node: Node, taken: set[str]) -> FreeNode:
+def _free_node(state: ClusterState, node: Node, taken: Collection[str]) -> FreeNode:
     if len(taken) >= len(node.devices):
         return FreeNode(node=node.node, host=node.address, free=())
     devices = [

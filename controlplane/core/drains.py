@@ -46,6 +46,7 @@ def leaving(state: ClusterState, node: Node, said: Leaving) -> None:
 def drain(state: ClusterState, node: Node, begun: Drain) -> None:
     """Give the node no new work, and end what it has."""
     node.drain = begun
+    state.draining.add(node.node)
     if node.phase is NodePhase.LIVE:
         node.phase = NodePhase.DRAINING
     node.reason = begun.reason
@@ -93,10 +94,13 @@ def drained(state: ClusterState, node: Node) -> None:
 
 def settle(state: ClusterState) -> None:
     """A draining node without a replica has left."""
-    for node in state.nodes.values():
-        if node.phase is NodePhase.DRAINING and node.drain is not None and not _on(state, node):
+    for name in sorted(state.draining):
+        node = state.nodes.get(name)
+        if node is None or node.drain is None:
+            state.draining.discard(name)
+        elif node.phase is NodePhase.DRAINING and not _on(state, node):
             left(state, node, node.drain.reason)
 
 
 def _on(state: ClusterState, node: Node) -> list[Replica]:
-    return [replica for replica in state.replicas.values() if replica.holds_devices and node.node in replica.nodes]
+    return [replica for replica in state.places.on(node.node) if replica.holds_devices]

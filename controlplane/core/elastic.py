@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from controlplane.core.degrees import is_smaller, named, ranks_of, smaller
-from controlplane.core.devices import free_nodes, may_place, siblings, with_own
+from controlplane.core.devices import free_nodes, may_place, with_own
 from controlplane.core.entities import Deployment, Replica
 from controlplane.core.placement import Wanted, plan
 from controlplane.core.state import ClusterState
@@ -71,4 +71,4 @@ def _has_room(state: ClusterState, deployment: Deployment, replica: Replica) -> 
     degrees = deployment.record.spec.degrees
     want = Wanted(replica=replica.replica, deployment=replica.deployment, degrees=degrees)
     nodes = with_own(state, free_nodes(state), replica)
-    return bool(plan([want], nodes, siblings(state))[replica.replica].members)
+    return bool(plan([want], nodes, state.places.siblings)[replica.replica].members)

@@ -14,6 +14,7 @@ from controlplane.core.entities import (
     NodePhase,
     Replica,
 )
+from controlplane.core.places import Places
 from controlplane.runtime.ids import NodeId
 from controlplane.runtime.messages.common import ReplicaPhase
 
@@ -25,6 +26,7 @@ def check(state: ClusterState) -> None:
     """Assert every invariant. Looks at everything: for tests, not for each step of a real leader."""
     _check_links(state)
     _check_devices(state)
+    _check_places(state)
     for node in state.nodes.values():
         _check_node(node)
     for replica in state.replicas.values():
@@ -53,6 +55,14 @@ def _check_devices(state: ClusterState) -> None:
         for member in replica.members:
             other = taken.setdefault((member.node, member.device), replica)
             assert other is replica, f"{replica.replica} and {other.replica} share {member.node}/{member.device}"
+
+
+def _check_places(state: ClusterState) -> None:
+    """The index says what the replicas say."""
+    fresh = Places()
+    for replica in state.replicas.values():
+        fresh.note(replica)
+    assert fresh == state.places, "the index of replicas is out of date"
 
 
 def _check_node(node: Node) -> None:

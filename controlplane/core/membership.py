@@ -131,7 +131,7 @@ def heard(state: ClusterState, node: Node) -> None:
 
 def _serve_again(state: ClusterState, node: Node) -> None:
     state.replan = True
-    state.reroute.update(replica.deployment for replica in state.replicas.values() if node.node in replica.nodes)
+    state.reroute.update(replica.deployment for replica in state.places.on(node.node))
 
 
 def _unreachable(state: ClusterState, node: Node, reason: Reason) -> None:

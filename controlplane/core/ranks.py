@@ -46,7 +46,7 @@ def health_changed(state: ClusterState, node: Node, health: DeviceHealth) -> Non
     reason = health.reason or Reason(kind=ReasonKind.DEVICE_SICK, text=health.device, node=node.node)
     node.sick[health.device] = reason
     state.record("device_sickened", node=node.node, reason=reason, details={"device": health.device})
-    for replica in list(state.replicas.values()):
+    for replica in state.places.on(node.node):
         on_it = any(member.node == node.node and member.device == health.device for member in replica.members)
         if on_it and replica.holds_devices:
             fail(state, replica, reason)

@@ -69,6 +69,7 @@ def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequen
         recent.popleft()
     if len(recent) >= state.limits.regroup_failures_max:
         replica.phase = ReplicaPhase.DEGRADED
+        state.row_changed(replica)
         state.record("replica_degraded", replica=replica, reason=reason, details={"failures": str(len(recent))})
     else:
         # at once, then after one interval, three, seven, ...
@@ -83,19 +84,19 @@ def pardon(state: ClusterState, replica: Replica) -> None:
         replica.phase = ReplicaPhase.CLOSED
         state.record("replica_pardoned", replica=replica, reason=replica.reason)
     replica.retry_s = 0.0
+    state.row_changed(replica)
     state.replan = True
 
 
 def pardon_all(state: ClusterState) -> None:
-    for replica in state.replicas.values():
-        if replica.phase is ReplicaPhase.DEGRADED or replica.oom_ranks:
-            pardon(state, replica)
+    for replica in list(state.places.given_up.values()):
+        pardon(state, replica)
 
 
 def close_on(state: ClusterState, node: Node, reason: Reason) -> None:
     """Close whatever runs, forms or was running on the node."""
-    for replica in list(state.replicas.values()):
-        if replica.holds_devices and node.node in replica.nodes:
+    for replica in state.places.on(node.node):
+        if replica.holds_devices:
             fail(state, replica, reason)
 
 
@@ -133,7 +134,7 @@ def stop_drain(state: ClusterState, replica: Replica) -> None:
 
 def settle_drains(state: ClusterState) -> None:
     """Close draining replicas that have nothing left to do."""
-    for replica in list(state.replicas.values()):
+    for replica in list(state.places.draining.values()):
         if replica.drain is not None and not replica.load.outstanding:
             close(state, replica, replica.drain.reason)
 

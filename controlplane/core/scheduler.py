@@ -296,10 +296,12 @@ def _refusal(state: ClusterState, entry: RouteEntry) -> tuple[RouteCode, Reason,
 
 def _too_long(entry: RouteEntry, deployment: Deployment) -> Reason | None:
     """No replica will ever take it. A shrunk one proves nothing: what it has no room for waits until it grows back."""
-    if any(is_shrunk(deployment.record, replica) for replica in deployment.replicas.values()):
+    replicas = deployment.replicas.values()
+    # Asked for every request: the first replica says yes, mostly.
+    if any(replica.capacity is not None and fits(entry, replica.capacity) for replica in replicas):
         return None
-    capacities = [replica.capacity for replica in deployment.replicas.values() if replica.capacity is not None]
-    if not capacities or any(fits(entry, capacity) for capacity in capacities):
+    capacities = [replica.capacity for replica in replicas if replica.capacity is not None]
+    if not capacities or any(is_shrunk(deployment.record, replica) for replica in replicas):
         return None
     largest = max(capacity.max_model_tokens for capacity in capacities)
     text = f"{entry.prompt_tokens} prompt tokens; a replica takes {largest or 'what its KV blocks hold'}"
@@ -311,9 +313,10 @@ def _hopeless(state: ClusterState, deployment: Deployment) -> Reason | None:
 
     Of kind NO_CAPACITY while a node's return would help: worth a wait of timings.node_return.
     """
-    replicas = [replica for replica in deployment.replicas.values() if not replica.retiring]
-    if any(replica.phase not in (ReplicaPhase.HELD, ReplicaPhase.DEGRADED) for replica in replicas):
+    hopeless = (ReplicaPhase.HELD, ReplicaPhase.DEGRADED)
+    if any(replica.phase not in hopeless and not replica.retiring for replica in deployment.replicas.values()):
         return None
+    replicas = [replica for replica in deployment.replicas.values() if not replica.retiring]
     for replica in replicas:
         if replica.phase is ReplicaPhase.HELD:
             text = replica.reason.text if replica.reason else f"{replica.replica} waits for its nodes"

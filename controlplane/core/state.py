@@ -32,6 +32,7 @@ from controlplane.core.messages import (
     SendWorker,
     WriteId,
 )
+from controlplane.core.places import Places
 from controlplane.runtime.ids import (
     ClusterId,
     DeploymentId,
@@ -98,6 +99,10 @@ class ClusterState:
     links: dict[ConnectionId, Link] = field(default_factory=dict[ConnectionId, Link])
     deployments: dict[DeploymentId, Deployment] = field(default_factory=dict[DeploymentId, Deployment])
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
+    # Nodes that drain, and perhaps some that did.
+    draining: set[NodeId] = field(default_factory=set[NodeId])
+    # An index of replicas.
+    places: Places = field(default_factory=Places)
     requests: dict[RequestId, Request] = field(default_factory=dict[RequestId, Request])
     # Highest epoch known of any replica, living or not.
     epochs: dict[ReplicaId, Epoch] = field(default_factory=dict[ReplicaId, Epoch])
@@ -237,5 +242,10 @@ class ClusterState:
         self.fenced[kind] += 1
 
     def row_changed(self, replica: Replica) -> None:
-        """Gateways will see the replica's row at the end of this step."""
+        """The replica changed its phase or its members, or is no more. Gateways will see its row at the end of this
+        step."""
+        if replica.replica in self.replicas:
+            self.places.note(replica)
+        else:
+            self.places.forget(replica)
         self.out.rows[replica.replica] = replica

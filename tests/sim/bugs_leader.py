@@ -21,6 +21,7 @@ import controlplane.runtime.probe
 import controlplane.store
 from controlplane.core.fair_queue import FairQueue
 from controlplane.core.messages import RevokeLease, WritePlacement
+from controlplane.core.places import Places
 from controlplane.runtime.etcd_types import Compare, Target
 from controlplane.runtime.ids import Epoch, ReplicaId, Term
 from controlplane.runtime.messages.common import ReplicaPhase
@@ -139,18 +140,8 @@ def term_not_raised(patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_placement(patch: pytest.MonkeyPatch) -> None:
-    """Devices of replicas that are not READY yet count as free."""
-    original = core.deployments._free_nodes
-
-    def free_nodes(state: Any) -> Any:
-        held = {name: replica for name, replica in state.replicas.items() if replica.phase is not ReplicaPhase.PLANNED}
-        everything, state.replicas = state.replicas, held
-        try:
-            return original(state)
-        finally:
-            state.replicas = everything
-
-    patch.setattr(core.deployments, "_free_nodes", free_nodes)
+    """What is free is what was free when nothing was placed."""
+    patch.setattr(Places, "taken", lambda self, node: set())
 
 
 def queue_miscounted(patch: pytest.MonkeyPatch) -> None:

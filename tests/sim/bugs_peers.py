@@ -33,17 +33,6 @@ worker = dataplane.core
 # ---------------------------------------------------------------- the gateway
 
 
-def stale_route(patch: pytest.MonkeyPatch) -> None:
-    """A permit of an earlier attempt is as good as one of this."""
-    original = gateway.route_rules.place
-
-    def on_routed(state: Any, routed: Any, now: float) -> Any:
-        journal = state.journals.get(routed.permit.request)
-        return [] if journal is None or journal.finished else original(state, journal, routed, now)
-
-    patch.setattr(gateway.route_rules, "on_routed", on_routed)
-
-
 def double_delivery(patch: pytest.MonkeyPatch) -> None:
     """A worker that sends all again meets a journal that takes all."""
 

@@ -106,7 +106,6 @@ MUTANTS = (
     Mutant("retry without budget", peers.retry_without_budget, ("rank_crash", "burst"), seeds=9),
     Mutant("retry of a poison request", peers.poison_retried, ("poison",)),
     Mutant("slot reused", peers.slot_reused, ()),
-    Mutant("a route of an old attempt", peers.stale_route, ("break", "isolate", "slow", "burst")),
     # workers and engines
     Mutant("skip fencing: an old leader is obeyed", peers.old_leader_obeyed, OLD_LEADER),
     Mutant("skip fencing: a permit of an old term runs", peers.old_term_runs, LATE_BODIES),

@@ -130,7 +130,8 @@ class Client:
 
     def cut_off(self, others: list[SimGateway]) -> None:
         """Its gateway died or leaves: it goes on at another one, if it is of that kind."""
-        self.gateway.requests.leave(self.request, complete=False)
+        if self.gateway.process.alive:
+            self.gateway.requests.leave(self.request, complete=False)
         if all(choice.finished for choice in self.choices):
             self.end("finished")
         elif not self.resumes or not others:

@@ -26,8 +26,9 @@ class GatewaySafety:
     def __init__(self, gateway: SimGateway) -> None:
         self._gateway = gateway
         self._slots: set[Slot] = set()
-        # Attempts lost without a plan, by request.
+        # Attempts lost without a plan, by request, of those whose body left.
         self._lost: Counter[RequestId] = Counter()
+        self._opened: set[tuple[RequestId, int]] = set()
 
     def step(self, event: Any, act: Act) -> list[Any]:
         state = self._gateway.state
@@ -71,13 +72,14 @@ class GatewaySafety:
         slots = {choice.slot for choice in body.choices if not choice.finished}
         assert not slots & self._slots, f"slots {slots & self._slots} are used again"
         self._slots |= slots
+        self._opened.add((body.permit.request, body.permit.attempt))
         journal = self._gateway.state.journals[body.permit.request]
         assert len(journal.crashes) < CRASHES_MAX, (
             f"{journal.request} killed {len(journal.crashes)} engines and runs again"
         )
 
     def _moves(self, moved: Moved) -> None:
-        self._lost[moved.request] += 1
+        self._lost[moved.request] += (moved.request, moved.attempt - 1) in self._opened
         journal = self._gateway.state.journals[moved.request]
         budget = self._gateway.state.max_retries[journal.asked.deployment]
         assert self._lost[moved.request] <= budget, f"{moved.request} is replayed {self._lost[moved.request]} times"
