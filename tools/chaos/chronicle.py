@@ -13,21 +13,27 @@ PERIOD_S = 0.5
 SAME_S = 2.5
 """An answer takes at most two seconds."""
 
+CLOCKS_APART_S = 600.0
+"""Who says that something happened so long before it was read, or later, has a clock that was set."""
+
 
 class Chronicle:
     """Of one round. `begin`, then `follow` beside the round, then `read` once more."""
 
     def __init__(self, cluster: LiveCluster) -> None:
         self._cluster = cluster
-        self._begun_ms = 0.0
         self._begun = 0.0
+        # Events that were there before.
+        self._past: set[_Key] = set()
         # (when it was noticed, the record as it was last).
         self._failures: list[tuple[float, admin_pb2.FailureStatus]] = []
-        self._events: dict[tuple[int, int, str, str, str], admin_pb2.EventsResponse] = {}
+        # (when it happened, the event).
+        self._events: dict[_Key, tuple[float, admin_pb2.EventsResponse]] = {}
 
-    def begin(self) -> None:
+    async def begin(self) -> None:
         """What was before is of no interest."""
-        self._begun_ms, self._begun = time.time() * 1000, time.monotonic()
+        self._past = {_key(event) for event in await self._cluster.events()}
+        self._begun = time.monotonic()
 
     async def follow(self) -> None:
         """Eternal."""
@@ -45,9 +51,8 @@ class Chronicle:
                 self._failures = [item for item in self._failures if not _same(item, noticed, failure)]
                 self._failures.append((noticed, failure))
         for event in await self._cluster.events():
-            if event.wall_ms >= self._begun_ms:
-                # A process that shares another's log file has its events too, under other numbers.
-                self._events[event.term, event.wall_ms, event.name, event.node, event.replica] = event
+            if _key(event) not in self._past:
+                self._events.setdefault(_key(event), (_happened(event), event))
 
     @property
     def failures(self) -> list[tuple[float, admin_pb2.FailureStatus]]:
@@ -57,8 +62,21 @@ class Chronicle:
     @property
     def events(self) -> list[tuple[float, admin_pb2.EventsResponse]]:
         """(time.monotonic, the event), oldest first."""
-        rows = sorted(self._events.values(), key=lambda event: event.wall_ms)
-        return [(self._begun + (event.wall_ms - self._begun_ms) / 1000, event) for event in rows]
+        return sorted(self._events.values(), key=lambda row: row[0])
+
+
+_Key = tuple[int, int, str, str, str]
+
+
+def _key(event: admin_pb2.EventsResponse) -> _Key:
+    """A process that shares another's log file has its events too, under other numbers."""
+    return event.term, event.wall_ms, event.name, event.node, event.replica
+
+
+def _happened(event: admin_pb2.EventsResponse) -> float:
+    """time.monotonic of an event that was read just now for the first time."""
+    age_s = time.time() - event.wall_ms / 1000
+    return time.monotonic() - (age_s if abs(age_s) < CLOCKS_APART_S else 0.0)
 
 
 def _same(item: tuple[float, admin_pb2.FailureStatus], noticed: float, failure: admin_pb2.FailureStatus) -> bool:

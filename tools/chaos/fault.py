@@ -141,8 +141,8 @@ class Fault(Strict):
     when: Annotated[str, Field(pattern=r"^((loading|regrouping) \S+)?$")] = ""
     action: Action
     target: Target
-    # Of a stop, until it goes on; of a kill, until it is started again; of a cable, until it is whole. 0: for good,
-    # or as soon as its supervisor starts it again.
+    # Of a stop, until it goes on; of a kill, until it is started again; of a cable, until it is whole; of a jump, until
+    # the clock is set right. 0: for good, or as soon as its supervisor starts it again.
     seconds: Annotated[float, Field(ge=0)] = 0.0
     # Of a cable: to whom. A host's name, or all hosts of a kind.
     peers: Annotated[str, Field(alias="from")] = "everybody"
@@ -176,7 +176,7 @@ class Fault(Strict):
             raise ValueError(f"{self.target} cannot be met by {action.value!r}: {', '.join(sorted(_TARGETS[action]))}")
         if self.target.kind == "etcd" and not self.target.name and action not in _ETCD_AS_A_WHOLE:
             raise ValueError(f"{action.value!r} takes one member of etcd by its name")
-        if self.seconds and action not in _LASTING | {Action.STOP, Action.KILL}:
+        if self.seconds and action not in _LASTING | {Action.STOP, Action.KILL, Action.JUMP}:
             raise ValueError(f"{action.value!r} takes no seconds")
         if self.seconds and action is Action.KILL and self.target.kind not in _DAEMONS:
             raise ValueError(f"only a daemon stays away for seconds, not a {self.target.kind}")

@@ -79,8 +79,7 @@ class Saboteur:
                 async with self._own().etcd_denying():
                     await asyncio.sleep(fault.seconds)
             case Action.JUMP:
-                for host in await self._hosts_of(fault.target):
-                    self._own().set_clock(host, fault.hours * 3600)
+                await self._jump(fault)
             case Action.RESTART:
                 await self._restart_all()
             case _:
@@ -163,6 +162,15 @@ class Saboteur:
         if target.kind in ("node", "nodes"):
             return await self._cluster.nodes_of(target)
         return self._own().of(target.name or target.kind)
+
+    async def _jump(self, fault: Fault) -> None:
+        hosts = await self._hosts_of(fault.target)
+        for host in hosts:
+            self._own().set_clock(host, fault.hours * 3600)
+        if fault.seconds:
+            await asyncio.sleep(fault.seconds)
+            for host in hosts:
+                self._own().set_clock(host, 0.0)
 
     def _disturbed(self, fault: Fault, host: str) -> AbstractAsyncContextManager[None]:
         hosts = self._own()

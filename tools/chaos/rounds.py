@@ -120,7 +120,7 @@ async def _run_round(
     plan: Plan, faults: Sequence[Fault], cluster: LiveCluster, hosts: Hosts | None, outcome: Outcome
 ) -> None:
     chronicle = Chronicle(cluster)
-    chronicle.begin()
+    await chronicle.begin()
     following = asyncio.create_task(chronicle.follow())
     try:
         async with asyncio.TaskGroup() as tasks:
