@@ -92,7 +92,7 @@ class ClusterState:
     # Where this leader's epochs begin within its term's.
     epoch_base: int = 0
     peers: frozenset[str] = frozenset()
-    # While frozen: why etcd does not renew the leader's lease, as far as that is known.
+    # Why etcd does not renew the leader's lease, or took no write of it last, as far as that is known.
     trouble: str = ""
     nodes: dict[NodeId, Node] = field(default_factory=dict[NodeId, Node])
     gateways: dict[GatewayId, Gateway] = field(default_factory=dict[GatewayId, Gateway])

@@ -126,6 +126,7 @@ def _handle(state: ClusterState, event: Event) -> None:
         case LeaseMuted():
             _muted(state, event)
         case LeaseHeard():
+            state.trouble = ""
             if state.frozen:
                 _enter_grace(state, Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="etcd answers again"))
         case WriteDone():
@@ -190,10 +191,23 @@ def _write_again(state: ClusterState, event: StoreLoaded) -> None:
 
 
 def _written(state: ClusterState, done: WriteDone) -> None:
+    _note_trouble(state, done)
     if done.write in state.placing:
         groups.written(state, done)
     elif done.write in state.applying:
         deployments.applied(state, done)
+
+
+def _note_trouble(state: ClusterState, done: WriteDone) -> None:
+    """etcd may renew leases and yet take no writes: it is full, or a password was changed."""
+    if state.frozen:
+        return
+    refused = done.reason is not None and done.reason.kind is ReasonKind.STORE_UNAVAILABLE
+    before, state.trouble = state.trouble, done.reason.text if done.reason is not None and refused else ""
+    if state.trouble and not before:
+        state.record("store_refused", reason=done.reason)
+    elif before and not state.trouble:
+        state.record("store_writable")
 
 
 def _muted(state: ClusterState, event: LeaseMuted) -> None:

@@ -93,6 +93,7 @@ FROZEN = (
     "the leader cannot use etcd: requests are served and replayed, but nobody is declared dead, nothing is placed, and "
     "no operator's change is taken"
 )
+UNWRITABLE = "etcd took no change from the leader last: nothing is placed, and no operator's change is taken"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,13 +179,15 @@ def status_view(state: ClusterState, now: float) -> StatusView:
         deployments=tuple(_deployment(deployment) for _, deployment in sorted(state.deployments.items())),
         fenced=tuple(FencedCount(frame=frame, count=count) for frame, count in sorted(state.fenced.items())),
         timing=state.timings.to_spec(),
-        limited=_frozen(state) if state.frozen else None,
+        limited=_limited(state),
     )
 
 
-def _frozen(state: ClusterState) -> Reason:
-    text = f"{FROZEN} ({state.trouble})" if state.trouble else FROZEN
-    return Reason(kind=ReasonKind.STORE_UNAVAILABLE, text=text)
+def _limited(state: ClusterState) -> Reason | None:
+    if not state.frozen and not state.trouble:
+        return None
+    text = FROZEN if state.frozen else UNWRITABLE
+    return Reason(kind=ReasonKind.STORE_UNAVAILABLE, text=f"{text} ({state.trouble})" if state.trouble else text)
 
 
 def requests_view(state: ClusterState, now: float) -> tuple[RequestStatus, ...]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from controlplane.core.entities import LeaderPhase, NodePhase
-from controlplane.core.messages import LeaseHeard, LeaseMuted
+from controlplane.core.messages import AdminAsked, AskId, LeaseHeard, LeaseMuted, Recorded, ScaleAsked, WriteDone
 from controlplane.core.views import RequestStatus, StatusView, requests_view, status_view
 from controlplane.runtime.codec import codec_of
 from controlplane.runtime.ids import DeploymentId
-from controlplane.runtime.messages.common import ReplicaPhase
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import RouteBatch
 from protos.perdure.v1 import admin_pb2
 from tests.scenario.coordinator.model import Cluster
@@ -48,6 +48,24 @@ def test_what_a_frozen_leader_cannot_do_is_told_with_its_reason() -> None:
     assert limited is not None
     assert limited.text.endswith("no operator's change is taken (etcd at e:2379: permission denied)")
     cluster.step(LeaseHeard())
+    assert status_view(cluster.state, cluster.now).limited is None
+
+
+def test_an_etcd_that_takes_no_writes_is_told_of_until_it_takes_one() -> None:
+    cluster = serving()
+    refused = Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="mvcc: database space exceeded")
+
+    def written(reason: Reason | None) -> list[str]:
+        cluster.step(AdminAsked(AskId(1), ScaleAsked(DeploymentId("m"), 2)))
+        effects = cluster.step(WriteDone(cluster.writes.popleft().write, reason is None, reason))
+        return [effect.name for effect in effects if isinstance(effect, Recorded) and effect.name.startswith("store")]
+
+    assert written(refused) == ["store_refused"]
+    assert written(refused) == []
+    limited = status_view(cluster.state, cluster.now).limited
+    assert limited is not None
+    assert limited.text.endswith("no operator's change is taken (mvcc: database space exceeded)")
+    assert written(None) == ["store_writable"]
     assert status_view(cluster.state, cluster.now).limited is None
 
 
