@@ -26,12 +26,14 @@ def rank_changed(state: ClusterState, node: Node, change: RankState) -> None:
     replica = state.replicas.get(change.replica)
     if replica is None or not (exited or change.reason is not None):
         return
-    if replica.epoch != change.epoch or not replica.holds_devices or node.node not in replica.nodes:
-        return
     reason = change.reason or Reason(kind=ReasonKind.PROCESS_EXITED, node=node.node, rank=change.rank)
-    name = "rank_exited" if exited else "rank_failed"
-    state.record(name, node=node.node, replica=replica, reason=reason, details={"device": change.device})
-    fail(state, replica, reason, change.suspects)
+    name, details = "rank_exited" if exited else "rank_failed", {"device": change.device}
+    if replica.epoch == change.epoch and replica.holds_devices and node.node in replica.nodes:
+        state.record(name, node=node.node, replica=replica, reason=reason, details=details)
+        fail(state, replica, reason, change.suspects)
+    elif exited and reason.kind is ReasonKind.NO_PROGRESS:
+        # Its epoch was closed before, for a rank that held it up: this one.
+        state.record(name, node=node.node, reason=reason, details={**details, "epoch": str(change.epoch)})
 
 
 def health_changed(state: ClusterState, node: Node, health: DeviceHealth) -> None:

@@ -133,7 +133,7 @@ def kill_holders(turn: Turn) -> None:
 
 def _kill_holder_of(turn: Turn, group: list[Rank]) -> None:
     """Stopped processes first, else the one at the lowest collective: the others wait for it, and get as long again."""
-    stopped = [rank for rank in group if _process_state(rank) in ("T", "t")]
+    stopped = [rank for rank in group if _is_stopped(rank)]
     victims = stopped or [min(group, key=_collective)]
     for rank in group:
         if rank in victims:
@@ -146,13 +146,24 @@ def _kill_holder(turn: Turn, rank: Rank, text: str) -> None:
     rank.let_go_by = None
     reason = Reason(
         kind=ReasonKind.NO_PROGRESS,
-        text=f"{rank.device} {text} (process state {_process_state(rank) or 'unknown'})",
+        text=f"{_who(rank)} {text} (process state {_process_state(rank) or 'unknown'})",
         node=turn.state.identity.node,
         rank=rank.rank,
         group=rank.aborting[0] if rank.aborting else rank.replica,
         collective=_collective(rank),
     )
     kill_rank(turn, rank, reason)
+
+
+def _who(rank: Rank) -> str:
+    """It, and how far it came: ranks that wait for it entered one more."""
+    if rank.aborting is None:
+        return rank.device
+    return f"rank {rank.rank} of {rank.aborting[0]} on {rank.device}, in its exchange {_collective(rank)},"
+
+
+def _is_stopped(rank: Rank) -> bool:
+    return _process_state(rank) in ("T", "t")
 
 
 def _collective(rank: Rank) -> int:
@@ -169,6 +180,9 @@ def _abort_rank(turn: Turn, replica: Replica, rank: Rank) -> None:
         rank.unbind()
         return
     rank.aborting = (rank.replica, rank.epoch)
-    rank.let_go_by = turn.now + turn.state.timings.collective_timeout
+    timings = turn.state.timings
+    # One that is stopped will not let go by itself.
+    patience_s = timings.heartbeat_interval if _is_stopped(rank) else timings.collective_timeout
+    rank.let_go_by = turn.now + patience_s
     turn.emit(MarkEpochsOver(rank.device, rank.epoch))
     turn.emit(SendRank(rank.device, frames.Abort(epoch=rank.epoch)))
