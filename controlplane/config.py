@@ -88,7 +88,7 @@ class ParallelismSection(Section):
 
     tensor_parallel_size: Degree = 1
     pipeline_parallel_size: Degree = 1
-    # Replicas; left out: as many as the devices hold.
+    # Replicas; left out: as many as the devices hold beside the spares.
     data_parallel_size: Degree | None = None
     expert_parallel_size: Degree = 1
 
@@ -138,6 +138,8 @@ class FaultToleranceSection(Section):
     recovery_strategy: Literal["checkpoint_restart", "elastic_scaling"] = "checkpoint_restart"
     # What becomes of a node that is several times slower than its equals for a while.
     slow_nodes: Literal["report", "drain"] = "report"
+    # Free devices that keep weights ready for a replica that loses ranks.
+    spares: Annotated[int, Field(ge=0, le=64)] = 0
     failure_timeout: float = 3.0
     heartbeat_interval: float = 0.5
 
@@ -177,10 +179,11 @@ class ClusterConfig(Section):
 
     @property
     def replicas(self) -> int:
-        """How many replicas to run: data_parallel_size, or as many as the devices hold."""
+        """How many replicas to run: data_parallel_size, or as many as the devices hold beside the spares."""
         if self.parallelism.data_parallel_size is not None:
             return self.parallelism.data_parallel_size
-        return max(1, sum(len(node.devices) for node in self.cluster.nodes) // self.ranks_per_replica)
+        devices = sum(len(node.devices) for node in self.cluster.nodes)
+        return max(1, (devices - self.fault_tolerance.spares) // self.ranks_per_replica)
 
     @property
     def model_name(self) -> str:
@@ -246,6 +249,7 @@ class ClusterConfig(Section):
             recovery_strategy=recovery.recovery_strategy,
             max_retries=recovery.max_retries if recovery.enable else 0,
             slow_nodes=recovery.slow_nodes,
+            spares=recovery.spares if recovery.enable else 0,
         )
 
     def with_etcd(self, endpoints: list[str]) -> ClusterConfig:

@@ -6,16 +6,15 @@ workers report READY at its current epoch serves on without any regroup; anythin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+from controlplane.core import spares
 from controlplane.core.drains import drain
 from controlplane.core.entities import FORMING_PHASES, SERVING_PHASES, Drain, Node, Replica, SnapshotChunks
 from controlplane.core.groups import note_epoch, resend, serve
 from controlplane.core.membership import joined
 from controlplane.core.recovery import close, fail
 from controlplane.core.state import ClusterState
-from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase, ReplicaSpec
-from controlplane.runtime.messages.session import AbortGroup, RankInfo, ReleaseReplica, ReplicaInfo, WorkerSnapshot
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
+from controlplane.runtime.messages.session import AbortGroup, ReleaseReplica, ReplicaInfo, WorkerSnapshot
 
 
 def snapshot(state: ClusterState, node: Node, chunk: WorkerSnapshot) -> None:
@@ -31,7 +30,8 @@ def snapshot(state: ClusterState, node: Node, chunk: WorkerSnapshot) -> None:
         return
     node.chunks = SnapshotChunks()
     node.ranks = {rank.device: rank for rank in chunks.ranks}
-    node.held = dict(_held(state, chunks.ranks))
+    node.held = {rank.device: rank.held for rank in chunks.ranks if rank.held is not None}
+    spares.begin_session(node)
     node.sequences = {sequence.request: sequence for sequence in chunks.sequences}
     joined(state, node, draining=chunk.draining)
     _compare(state, node, chunks.replicas)
@@ -40,14 +40,6 @@ def snapshot(state: ClusterState, node: Node, chunk: WorkerSnapshot) -> None:
     if chunk.draining and node.drain is None:
         reason = Reason(kind=ReasonKind.DRAINING, text="it was draining when its session began", node=node.node)
         drain(state, node, Drain(reason, state.timings.drain))
-
-
-def _held(state: ClusterState, ranks: list[RankInfo]) -> Iterator[tuple[str, tuple[ReplicaSpec, int]]]:
-    """Weights that rank processes kept."""
-    for rank in ranks:
-        replica = state.replicas.get(rank.replica)
-        if rank.weights and replica is not None and replica.spec is not None:
-            yield rank.device, (replica.spec, rank.rank)
 
 
 def _compare(state: ClusterState, node: Node, reported: list[ReplicaInfo]) -> None:

@@ -9,17 +9,18 @@ import re
 from dataclasses import replace
 from itertools import count, islice
 
-from controlplane.core import slowness
+from controlplane.core import slowness, spares, weights
 from controlplane.core.degrees import named
 from controlplane.core.devices import free_nodes, may_place
-from controlplane.core.elastic import ELASTIC, choices, is_shrunk, may_grow
+from controlplane.core.elastic import ELASTIC, choices, is_shrunk, may_grow, same_model
 from controlplane.core.entities import Deployment, Replica
 from controlplane.core.groups import note_epoch, place
 from controlplane.core.messages import AdminAnswered, ApplyAsked, AskId, ScaleAsked, WriteDeployment, WriteDone
-from controlplane.core.placement import Wanted, plan
+from controlplane.core.placement import plan
 from controlplane.core.recovery import bury, pardon, retire, settle_drains, start_drain
 from controlplane.core.scheduler import drop_queue
 from controlplane.core.state import ClusterState
+from controlplane.core.stock import Wanted
 from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import RouteCode
@@ -82,6 +83,7 @@ def fault_of(state: ClusterState, record: DeploymentRecord) -> Reason | None:
         (record.spec.deployment != record.deployment, "spec.deployment: differs from deployment"),
         (record.replicas < 0, "replicas: is negative"),
         (record.max_retries < 0, "max_retries: is negative"),
+        (not 0 <= record.spares <= spares.SPARES_MAX, f"spares: {record.spares} is not in 0..{spares.SPARES_MAX}"),
         (min(degrees.tensor, degrees.pipeline, degrees.data, degrees.expert) < 1, "spec.degrees: must be at least 1"),
         (
             record.recovery_strategy not in STRATEGIES,
@@ -114,6 +116,8 @@ def change(state: ClusterState, name: DeploymentId, record: DeploymentRecord | N
         state.deployments[name] = Deployment(record)
         state.record("deployment_created", details={"deployment": name, "replicas": str(record.replicas)})
     elif known.record != record or known.removed:
+        if not same_model(known.record.spec, record.spec):
+            weights.forget(state, name)
         known.record, known.removed = record, False
         known.settled = False
         for replica in known.replicas.values():
@@ -172,6 +176,7 @@ def reconcile(state: ClusterState) -> None:
             _settle(state, deployment)
     if may_place(state):
         _place_homeless(state)
+        spares.settle(state)
 
 
 def _settle(state: ClusterState, deployment: Deployment) -> None:

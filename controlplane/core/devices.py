@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from controlplane.core.entities import LeaderPhase, Node, NodePhase, Replica
-from controlplane.core.placement import FreeDevice, FreeNode
 from controlplane.core.state import ClusterState
-from controlplane.runtime.ids import DeploymentId, NodeId
+from controlplane.core.stock import FreeDevice, FreeNode, Shard
+from controlplane.runtime.ids import NodeId
 from controlplane.runtime.messages.common import RankPhase
 
 
@@ -25,22 +25,22 @@ def may_place(state: ClusterState) -> bool:
 def free_nodes(state: ClusterState) -> list[FreeNode]:
     """Nodes that may take ranks, each with the devices that no replica holds."""
     taken = state.places.taken
-    return [_free_node(state, node, taken(node.node)) for node in state.nodes.values() if node.placeable]
+    return [_free_node(node, taken(node.node)) for node in state.nodes.values() if node.placeable]
 
 
 def with_own(state: ClusterState, nodes: Sequence[FreeNode], replica: Replica) -> list[FreeNode]:
     """The same nodes, as if `replica` had given its devices back."""
     own: dict[NodeId, list[FreeDevice]] = defaultdict(list)
     for member in replica.members:
-        own[member.node].append(_free_device(state, state.nodes[member.node], member.device))
+        own[member.node].append(_free_device(state.nodes[member.node], member.device))
     return [replace(node, free=(*node.free, *own[node.node])) if node.node in own else node for node in nodes]
 
 
-def _free_node(state: ClusterState, node: Node, taken: Collection[str]) -> FreeNode:
+def _free_node(node: Node, taken: Collection[str]) -> FreeNode:
     if len(taken) >= len(node.devices):
         return FreeNode(node=node.node, host=node.address, free=())
     devices = [
-        _free_device(state, node, device.id)
+        _free_device(node, device.id)
         for device in node.devices
         if device.id not in taken and device.id not in node.sick and _is_up(node, device.id)
     ]
@@ -53,14 +53,6 @@ def _is_up(node: Node, device: str) -> bool:
     return rank is None or rank.phase not in (RankPhase.STARTING, RankPhase.EXITED)
 
 
-def _free_device(state: ClusterState, node: Node, device: str) -> FreeDevice:
-    return FreeDevice(device=device, held=_held(state, node, device))
-
-
-def _held(state: ClusterState, node: Node, device: str) -> tuple[DeploymentId, int] | None:
-    """Whose weights the device's rank holds, if they are what its deployment asks for now."""
-    if device not in node.held:
-        return None
-    spec, rank = node.held[device]
-    deployment = state.deployments.get(spec.deployment)
-    return (spec.deployment, rank) if deployment is not None and deployment.record.spec == spec else None
+def _free_device(node: Node, device: str) -> FreeDevice:
+    held = node.held.get(device)
+    return FreeDevice(device=device, held=None if held is None else Shard(held.deployment, held.degrees, held.rank))

@@ -13,9 +13,10 @@ from dataclasses import replace
 from controlplane.core.degrees import is_smaller, named, ranks_of, smaller
 from controlplane.core.devices import free_nodes, may_place, with_own
 from controlplane.core.entities import Deployment, Replica
-from controlplane.core.placement import Wanted, plan
+from controlplane.core.placement import plan
 from controlplane.core.state import ClusterState
-from controlplane.runtime.messages.common import ParallelDegrees, Reason, ReasonKind, ReplicaPhase
+from controlplane.core.stock import Wanted
+from controlplane.runtime.messages.common import ParallelDegrees, Reason, ReasonKind, ReplicaPhase, ReplicaSpec
 from controlplane.runtime.records import DeploymentRecord
 
 ELASTIC = "elastic_scaling"
@@ -26,7 +27,12 @@ def is_shrunk(record: DeploymentRecord, replica: Replica) -> bool:
     spec, full = replica.spec, record.spec
     if record.recovery_strategy != ELASTIC or spec is None or not is_smaller(spec.degrees, full.degrees):
         return False
-    return replace(spec, degrees=full.degrees) == full
+    return same_model(spec, full)
+
+
+def same_model(spec: ReplicaSpec, other: ReplicaSpec) -> bool:
+    """They differ in their degrees at most."""
+    return replace(spec, degrees=other.degrees) == other
 
 
 def choices(state: ClusterState, deployment: Deployment, replica: Replica) -> tuple[ParallelDegrees, ...]:

@@ -25,7 +25,7 @@ from controlplane.runtime.ids import (
 )
 from controlplane.runtime.messages.common import Capacity, Device, Member, Permit, Reason, ReplicaPhase, ReplicaSpec
 from controlplane.runtime.messages.route import Routed, RouteEntry, RouteRefused
-from controlplane.runtime.messages.session import RankInfo, ReplicaInfo, SequenceInfo
+from controlplane.runtime.messages.session import HeldWeights, RankInfo, ReplicaInfo, SequenceInfo
 from controlplane.runtime.records import DeploymentRecord
 
 
@@ -105,6 +105,22 @@ class SnapshotChunks:
 
 
 @dataclass(slots=True)
+class Spare:
+    """A free device that keeps a shard ready: that of rank `rank` of a replica of `spec`."""
+
+    spec: ReplicaSpec
+    rank: int
+    # Whose loss it covers.
+    reason: Reason
+    # In this session.
+    told: bool = False
+    # It said that it holds the shard.
+    ready: bool = False
+    # Until it is told again.
+    retry_s: float = 0.0
+
+
+@dataclass(slots=True)
 class Node:
     """A worker daemon: one incarnation a name."""
 
@@ -127,8 +143,12 @@ class Node:
     worked: bool = False
     chunks: SnapshotChunks = field(default_factory=SnapshotChunks)
     ranks: dict[str, RankInfo] = field(default_factory=dict[str, RankInfo])
-    # Whose weights a device's rank process holds: the spec they were loaded by, and the rank's number.
-    held: dict[str, tuple[ReplicaSpec, int]] = field(default_factory=dict[str, tuple[ReplicaSpec, int]])
+    # What a device's rank process holds of a model, as its daemon says.
+    held: dict[str, HeldWeights] = field(default_factory=dict[str, HeldWeights])
+    # Free devices that keep a shard ready.
+    spares: dict[str, Spare] = field(default_factory=dict[str, Spare])
+    # Preloads that failed on a device in a row.
+    failed_preloads: Counter[str] = field(default_factory=Counter[str])
     # Requests whose sequences it reported with its Snapshot.
     sequences: dict[RequestId, SequenceInfo] = field(default_factory=dict[RequestId, SequenceInfo])
     sick: dict[str, Reason] = field(default_factory=dict[str, Reason])

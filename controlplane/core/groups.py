@@ -5,7 +5,7 @@ etcd holds an epoch before any rank hears of it, and Form goes out only when eve
 
 from __future__ import annotations
 
-from controlplane.core import failures
+from controlplane.core import failures, weights
 from controlplane.core.entities import FORMING_PHASES, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import WriteDone, WritePlacement
@@ -20,6 +20,7 @@ from controlplane.runtime.messages.session import (
     LoadProgress,
     LoadReplica,
     PrepareGroup,
+    WeightSource,
 )
 from controlplane.runtime.records import PlacementRecord
 
@@ -142,20 +143,11 @@ def serve(state: ClusterState, replica: Replica) -> None:
     replica.reason = None
     replica.load_fraction = 1.0
     replica.stalled_s = replica.served_s = 0.0
-    _note_weights(state, replica)
     state.record("replica_ready", replica=replica)
     failures.regrouped(state, replica)
     state.row_changed(replica)
     state.reroute.add(replica.deployment)
     state.replan = True
-
-
-def _note_weights(state: ClusterState, replica: Replica) -> None:
-    assert replica.spec is not None
-    for member in replica.members:
-        node = state.nodes.get(member.node)
-        if node is not None:
-            node.held[member.device] = (replica.spec, member.rank)
 
 
 def _stage_done(state: ClusterState, replica: Replica) -> None:
@@ -204,7 +196,15 @@ def _command(state: ClusterState, replica: Replica, node: Node) -> None:
             )
         case ReplicaPhase.LOADING:
             # judged here, by its progress: how long a whole load takes is nobody's business
-            body = LoadReplica(replica=replica.replica, epoch=replica.epoch, deadline_ms=0)
+            body = LoadReplica(
+                replica=replica.replica, epoch=replica.epoch, deadline_ms=0, sources=_sources(state, replica, node)
+            )
         case _:
             raise AssertionError(f"{replica.replica} has no command while {replica.phase.name}")
     state.send_worker(node, body)
+
+
+def _sources(state: ClusterState, replica: Replica, node: Node) -> tuple[WeightSource, ...]:
+    """From whom the replica's ranks on the node may copy weights: anybody but themselves."""
+    own = frozenset((member.node, member.device) for member in replica.members if member.node == node.node)
+    return weights.sources(state, replica.deployment, besides=own)

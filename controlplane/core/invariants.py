@@ -27,6 +27,7 @@ def check(state: ClusterState) -> None:
     _check_links(state)
     _check_devices(state)
     _check_places(state)
+    _check_spares(state)
     for node in state.nodes.values():
         _check_node(node)
     for replica in state.replicas.values():
@@ -63,6 +64,22 @@ def _check_places(state: ClusterState) -> None:
     for replica in state.replicas.values():
         fresh.note(replica)
     assert fresh == state.places, "the index of replicas is out of date"
+
+
+def _check_spares(state: ClusterState) -> None:
+    """Spares are free devices of their node, one shard each."""
+    placed = {
+        (member.node, member.device)
+        for replica in state.replicas.values()
+        if replica.phase in PLACED_PHASES
+        for member in replica.members
+    }
+    for node in state.nodes.values():
+        assert node.spares.keys() <= {device.id for device in node.devices}, f"{node.node} lacks a spare's device"
+        for device, spare in node.spares.items():
+            assert (node.node, device) not in placed, f"{node.node}/{device} serves and is a spare"
+            assert spare.rank < ranks_of(spare.spec.degrees)
+            assert spare.told or not spare.ready, f"{node.node}/{device} is ready unasked"
 
 
 def _check_node(node: Node) -> None:

@@ -246,6 +246,7 @@ def lose(state: ClusterState, node: Node, reason: Reason) -> None:
     node.unreachable_s = 0.0
     node.ranks.clear()
     node.held.clear()
+    node.spares.clear()
     node.sequences.clear()
     state.out.workers[node.node] = node
     state.record("node_lost", node=node.node, reason=reason)

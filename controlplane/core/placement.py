@@ -9,41 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from heapq import heapify, heappop, heappush
 from itertools import groupby, product
 
 from controlplane.core.degrees import named, ranks_of
+from controlplane.core.stock import FreeDevice, FreeNode, Shard, Stock, Wanted
 from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId
 from controlplane.runtime.messages.common import Member, ParallelDegrees, Reason, ReasonKind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FreeDevice:
-    device: str
-    # Whose weights its rank process holds already: deployment and rank number.
-    held: tuple[DeploymentId, int] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FreeNode:
-    """A node that may take ranks, with its free devices."""
-
-    node: NodeId
-    host: str
-    free: tuple[FreeDevice, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """A replica that has no place."""
-
-    replica: ReplicaId
-    deployment: DeploymentId
-    degrees: ParallelDegrees
-    # Where it ran last.
-    previous: tuple[Member, ...] = ()
-    # Degrees with fewer ranks that it may be placed with if there is no other way, best first.
-    smaller: tuple[ParallelDegrees, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +32,12 @@ def plan(
 ) -> dict[ReplicaId, Plan]:
     """A plan for every wanted replica, none sharing a device.
 
-    `siblings` counts the replicas of a deployment that a node runs already. Replicas whose former devices are all free
-    choose first, so that no other takes a place that saves one of them a load.
+    `siblings` counts the replicas of a deployment that a node runs already. Replicas whose former devices are all free,
+    or whose weights are all there, choose first, so that no other takes a place that saves one of them a load.
     """
-    stock = _Stock(nodes, siblings)
+    stock = Stock(nodes, siblings)
     plans: dict[ReplicaId, Plan] = {}
-    for want in sorted(wanted, key=lambda want: not stock.can_return(want)):
+    for want in sorted(wanted, key=lambda want: not stock.can_return(want) and _where_held(want, stock) is None):
         plans[want.replica] = made = _plan_one(want, stock)
         stock.take(want.deployment, made.members)
     for want in wanted:
@@ -76,67 +47,7 @@ def plan(
     return plans
 
 
-class _Stock:
-    """What is free while a plan is made. Choosing a node takes time by the logarithm of their number."""
-
-    def __init__(self, nodes: Sequence[FreeNode], siblings: Mapping[tuple[DeploymentId, NodeId], int]) -> None:
-        self.nodes = {node.node: node for node in nodes}
-        self.siblings = dict(siblings)
-        self.total = sum(len(node.free) for node in nodes)
-        self._devices = {(node.node, device.device) for node in nodes for device in node.free}
-        # Nodes by preference, as far as that does not depend on the replica; a node that changed stands there again.
-        self._heaps: dict[tuple[DeploymentId, int], list[_Preference]] = {}
-
-    def can_return(self, want: Wanted) -> bool:
-        """All the devices that it ran on are free."""
-        return bool(want.previous) and all((member.node, member.device) in self._devices for member in want.previous)
-
-    def best(self, want: Wanted) -> FreeNode | None:
-        """The preferred one of the nodes that hold the whole replica."""
-        ranks = ranks_of(want.degrees)
-        names = {member.node for member in want.previous} & self.nodes.keys()
-        top = self._top(want.deployment, ranks)
-        if top is not None:
-            names.add(top)
-        fitting = [self.nodes[name] for name in names if len(self.nodes[name].free) >= ranks]
-        return min(fitting, key=lambda node: _preference(want, node, self.siblings), default=None)
-
-    def take(self, deployment: DeploymentId, members: Sequence[Member]) -> None:
-        """These devices are not free any more."""
-        self.total -= len(members)
-        self._devices -= {(member.node, member.device) for member in members}
-        for name in {member.node for member in members}:
-            taken = {member.device for member in members if member.node == name}
-            self.nodes[name] = _without(self.nodes[name], taken)
-            self.siblings[deployment, name] = self.siblings.get((deployment, name), 0) + 1
-            for (other, ranks), heap in self._heaps.items():
-                heappush(heap, self._standing(other, ranks, self.nodes[name]))
-
-    def _top(self, deployment: DeploymentId, ranks: int) -> NodeId | None:
-        heap = self._heaps.get((deployment, ranks))
-        if heap is None:
-            fitting = (node for node in self.nodes.values() if len(node.free) >= ranks)
-            heap = [self._standing(deployment, ranks, node) for node in fitting]
-            heapify(heap)
-            self._heaps[deployment, ranks] = heap
-        while heap:
-            node = self.nodes[NodeId(heap[0][-1])]
-            if len(node.free) >= ranks and heap[0] == self._standing(deployment, ranks, node):
-                return node.node
-            heappop(heap)
-        return None
-
-    def _standing(self, deployment: DeploymentId, ranks: int, node: FreeNode) -> _Preference:
-        return _standing(deployment, ranks, 0, node, self.siblings)
-
-
-def _without(node: FreeNode, taken: set[str]) -> FreeNode:
-    return FreeNode(
-        node=node.node, host=node.host, free=tuple(device for device in node.free if device.device not in taken)
-    )
-
-
-def _plan_one(want: Wanted, stock: _Stock) -> Plan:
+def _plan_one(want: Wanted, stock: Stock) -> Plan:
     if stock.total >= ranks_of(want.degrees):
         for way in _WAYS:
             if (made := _try(want, stock, way)) is not None:
@@ -144,7 +55,7 @@ def _plan_one(want: Wanted, stock: _Stock) -> Plan:
     return Plan(members=(), reason=_no_place(want, stock), degrees=want.degrees)
 
 
-def _try(want: Wanted, stock: _Stock, way: _Way) -> Plan | None:
+def _try(want: Wanted, stock: Stock, way: _Way) -> Plan | None:
     slots = way.slots(want, stock)
     if slots is None:
         return None
@@ -152,7 +63,7 @@ def _try(want: Wanted, stock: _Stock, way: _Way) -> Plan | None:
     return Plan(members=_members(want, slots), reason=reason, degrees=want.degrees)
 
 
-def _plan_smaller(want: Wanted, stock: _Stock) -> Plan | None:
+def _plan_smaller(want: Wanted, stock: Stock) -> Plan | None:
     """As many ranks as there are devices for; among equals tensor groups that stay on one node, then the largest."""
     for ranks, equals in groupby(want.smaller, ranks_of):
         shrunk = [replace(want, degrees=degrees) for degrees in equals]
@@ -165,18 +76,18 @@ def _plan_smaller(want: Wanted, stock: _Stock) -> Plan | None:
     return None
 
 
-def _shrunk(want: Wanted, made: Plan, stock: _Stock, shape: str) -> Reason:
+def _shrunk(want: Wanted, made: Plan, stock: Stock, shape: str) -> Reason:
     text = f"shrunk from {named(want.degrees)} to {named(made.degrees)} {shape}: "
     text += f"{_devices(stock.total)} free, {ranks_of(want.degrees)} needed"
     return Reason(kind=ReasonKind.REPLACED, text=text + _missing(want, stock))
 
 
-def _no_place(want: Wanted, stock: _Stock) -> Reason:
+def _no_place(want: Wanted, stock: Stock) -> Reason:
     text = f"{want.replica} needs {_devices(ranks_of(want.degrees))}, {stock.total} free"
     return Reason(kind=ReasonKind.NO_CAPACITY, text=text + _missing(want, stock))
 
 
-def _missing(want: Wanted, stock: _Stock) -> str:
+def _missing(want: Wanted, stock: Stock) -> str:
     missing = sorted({member.node for member in want.previous} - stock.nodes.keys())
     return f"; waits for {', '.join(missing)} to come back" if missing else ""
 
@@ -185,67 +96,113 @@ def _devices(count: int) -> str:
     return f"{count} device{'s' * (count != 1)}"
 
 
-_Preference = tuple[int, int, int, int, str]
-
-
-def _preference(want: Wanted, node: FreeNode, siblings: Mapping[tuple[DeploymentId, NodeId], int]) -> _Preference:
-    """Fewest siblings first (a node's death then takes fewest replicas), then most ranks that need not load again, then
-    the node it had, then the tightest fit."""
-    had = sum(member.node == node.node for member in want.previous)
-    return _standing(want.deployment, ranks_of(want.degrees), had, node, siblings)
-
-
-def _standing(
-    deployment: DeploymentId,
-    ranks: int,
-    had: int,
-    node: FreeNode,
-    siblings: Mapping[tuple[DeploymentId, NodeId], int],
-) -> _Preference:
-    warm = sum(device.held is not None and device.held[0] == deployment for device in node.free)
-    return siblings.get((deployment, node.node), 0), -min(warm, ranks), -had, len(node.free), node.node
-
-
 _Slots = list[tuple[FreeNode, FreeDevice]]
 
 
-def _on_one_node(want: Wanted, stock: _Stock) -> _Slots | None:
+def _on_one_node(want: Wanted, stock: Stock) -> _Slots | None:
     node = stock.best(want)
     return None if node is None else _fill(want, node, range(ranks_of(want.degrees)))
 
 
-def _ordered(want: Wanted, stock: _Stock) -> list[FreeNode]:
-    return sorted(stock.nodes.values(), key=lambda node: _preference(want, node, stock.siblings))
+def _where_held(want: Wanted, stock: Stock) -> _Slots | None:
+    """Nothing to load: what survived of a replica stays, and spares take the place of the rest."""
+    if not want.previous:
+        return None
+    slots: _Slots = []
+    for ranks in _groups(want):
+        held = _held_group(want, stock, ranks)
+        if held is None:
+            return None
+        slots.extend(held)
+    return slots
 
 
-def _by_groups(want: Wanted, stock: _Stock) -> _Slots | None:
+def _held_group(want: Wanted, stock: Stock, ranks: range) -> _Slots | None:
+    """A tensor group that was on one node is not cut to save a load: that would slow every later step."""
+    held = {rank: stock.holders(Shard(want.deployment, want.degrees, rank)) for rank in ranks}
+    homes = {node for node, _ in held[ranks[0]]}
+    for holders in held.values():
+        homes &= {node for node, _ in holders}
+    if homes:
+        home = min(homes, key=lambda name: stock.preference(want, stock.nodes[name]))
+        held = {rank: [holder for holder in holders if holder[0] == home] for rank, holders in held.items()}
+    elif not all(held.values()) or not _was_cut(want, ranks):
+        return None
+    best = [min(held[rank], key=lambda holder: (not _was_rank(want, *holder, rank), holder[0])) for rank in ranks]
+    return [(stock.nodes[node], device) for node, device in best]
+
+
+def _was_cut(want: Wanted, ranks: range) -> bool:
+    return len({member.node for member in want.previous if member.rank in ranks}) > 1
+
+
+def _groups(want: Wanted) -> list[range]:
+    """Ranks by tensor group."""
+    tensor = want.degrees.tensor
+    return [range(first, first + tensor) for first in range(0, ranks_of(want.degrees), tensor)]
+
+
+def _by_groups(want: Wanted, stock: Stock) -> _Slots | None:
     """Whole tensor groups a node, over as few nodes as that takes."""
-    tensor, stages = want.degrees.tensor, want.degrees.pipeline
-    slots: _Slots = []
-    for node in sorted(_ordered(want, stock), key=lambda node: -(len(node.free) // tensor)):
-        first = len(slots)
-        take = min(len(node.free) // tensor * tensor, stages * tensor - first)
-        slots.extend(_fill(want, node, range(first, first + take)))
-    return slots if len(slots) == stages * tensor else None
+    return _deal(want, stock, _groups(want))
 
 
-def _anywhere(want: Wanted, stock: _Stock) -> _Slots | None:
+def _anywhere(want: Wanted, stock: Stock) -> _Slots | None:
     """A tensor group cut by a node's edge: slow, but better than not serving."""
-    ranks = ranks_of(want.degrees)
-    slots: _Slots = []
-    for node in sorted(_ordered(want, stock), key=lambda node: -len(node.free)):
-        first = len(slots)
-        slots.extend(_fill(want, node, range(first, first + min(len(node.free), ranks - first))))
-    return slots if len(slots) == ranks else None
+    return _deal(want, stock, [range(rank, rank + 1) for rank in range(ranks_of(want.degrees))])
+
+
+def _deal(want: Wanted, stock: Stock, groups: Sequence[range]) -> _Slots | None:
+    """Deal equal groups of ranks to nodes, as few as that takes; each to the one that holds most of it already."""
+    size, left = len(groups[0]), len(groups)
+    room: dict[NodeId, int] = {}
+    ordered = sorted(stock.nodes.values(), key=lambda node: stock.preference(want, node))
+    for node in sorted(ordered, key=lambda node: -(len(node.free) // size)):
+        if take := min(len(node.free) // size, left):
+            room[node.node] = take
+            left -= take
+    if left:
+        return None
+    slots: dict[int, tuple[FreeNode, FreeDevice]] = {}
+    for name, ranks in _dealt(want, stock, groups, room).items():
+        slots.update(zip(ranks, _fill(want, stock.nodes[name], ranks), strict=True))
+    return [slots[rank] for rank in sorted(slots)]
+
+
+def _dealt(want: Wanted, stock: Stock, groups: Sequence[range], room: dict[NodeId, int]) -> dict[NodeId, list[int]]:
+    """Ranks by node; `room`: how many groups each node takes."""
+    kept = sorted(
+        (-count, index, name)
+        for index, ranks in enumerate(groups)
+        for name in room
+        if (count := _kept(want, stock.nodes[name], ranks))
+    )
+    dealt: dict[NodeId, list[int]] = {name: [] for name in room}
+    waiting = dict(enumerate(groups))
+    in_order = ((0, index, name) for index in range(len(groups)) for name in room)
+    for _, index, name in [*kept, *in_order]:
+        if index in waiting and room[name]:
+            dealt[name].extend(waiting.pop(index))
+            room[name] -= 1
+    return dealt
+
+
+def _kept(want: Wanted, node: FreeNode, ranks: range) -> int:
+    """Ranks that would find their weights, or at least their former device, on the node."""
+    return sum(
+        any(_holds_rank(want, node.node, device, rank) or _was_rank(want, node.node, device, rank) for rank in ranks)
+        for device in node.free
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
     shape: str
-    slots: Callable[[Wanted, _Stock], _Slots | None]
+    slots: Callable[[Wanted, Stock], _Slots | None]
 
 
 _WAYS = (
+    _Way("with its weights", _where_held),
     _Way("on one node", _on_one_node),
     _Way("by whole tensor groups", _by_groups),
     _Way("across nodes", _anywhere),
@@ -269,7 +226,7 @@ def _fill(want: Wanted, node: FreeNode, ranks: Iterable[int]) -> _Slots:
 
 
 def _holds_rank(want: Wanted, node: NodeId, device: FreeDevice, rank: int) -> bool:
-    return device.held == (want.deployment, rank)
+    return device.held == Shard(want.deployment, want.degrees, rank)
 
 
 def _was_rank(want: Wanted, node: NodeId, device: FreeDevice, rank: int) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from controlplane.core import spares, weights
 from controlplane.core.entities import Node
 from controlplane.core.recovery import fail
 from controlplane.core.state import ClusterState
 from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind
-from controlplane.runtime.messages.session import DeviceHealth, RankInfo, RankState
+from controlplane.runtime.messages.session import DeviceHealth, RankInfo, RankState, WeightsState
 
 
 def rank_changed(state: ClusterState, node: Node, change: RankState) -> None:
@@ -23,10 +24,11 @@ def rank_changed(state: ClusterState, node: Node, change: RankState) -> None:
     exited = change.phase is RankPhase.EXITED
     if exited:
         node.held.pop(change.device, None)
+        spares.exited(state, node, change.device, change.reason or _gone(node, change))
     replica = state.replicas.get(change.replica)
     if replica is None or not (exited or change.reason is not None):
         return
-    reason = change.reason or Reason(kind=ReasonKind.PROCESS_EXITED, node=node.node, rank=change.rank)
+    reason = change.reason or _gone(node, change)
     name, details = "rank_exited" if exited else "rank_failed", {"device": change.device}
     if replica.epoch == change.epoch and replica.holds_devices and node.node in replica.nodes:
         state.record(name, node=node.node, replica=replica, reason=reason, details=details)
@@ -34,6 +36,16 @@ def rank_changed(state: ClusterState, node: Node, change: RankState) -> None:
     elif exited and reason.kind is ReasonKind.NO_PROGRESS:
         # Its epoch was closed before, for a rank that held it up: this one.
         state.record(name, node=node.node, reason=reason, details={**details, "epoch": str(change.epoch)})
+
+
+def weights_changed(state: ClusterState, node: Node, said: WeightsState) -> None:
+    """A device's rank process holds something else, or could not load it."""
+    weights.told(state, node, said)
+    spares.answered(state, node, said)
+
+
+def _gone(node: Node, change: RankState) -> Reason:
+    return Reason(kind=ReasonKind.PROCESS_EXITED, node=node.node, rank=change.rank)
 
 
 def health_changed(state: ClusterState, node: Node, health: DeviceHealth) -> None:

@@ -142,7 +142,9 @@ def _worker_frame(state: ClusterState, node: Node, head: Head, body: AttachUp) -
             drains.drained(state, node)
         case Leaving():
             drains.leaving(state, node, body)
-        case WorkerHello() | WorkerSnapshot() | Fenced() | WeightsState():
+        case WeightsState():
+            ranks.weights_changed(state, node, body)
+        case WorkerHello() | WorkerSnapshot() | Fenced():
             pass
         case _:
             assert_never(body)

@@ -19,6 +19,7 @@ from controlplane.core import (
     scheduler,
     sessions,
     slowness,
+    spares,
 )
 from controlplane.core.entities import Gateway, LeaderPhase, Node, Outbox
 from controlplane.core.messages import (
@@ -261,6 +262,7 @@ def _tick(state: ClusterState) -> None:
     membership.tick(state, passed_s)
     recovery.tick(state, passed_s)
     elastic.tick(state, passed_s)
+    spares.tick(state, passed_s)
     slowness.tick(state, passed_s)
     gateways.tick(state, passed_s)
     scheduler.expire(state)

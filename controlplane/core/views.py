@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controlplane.core.elastic import is_shrunk, shrunk_reason
 from controlplane.core.entities import SERVING_PHASES, Deployment, LeaderPhase, Node, NodePhase, Replica
@@ -87,6 +87,8 @@ class DeploymentStatus:
     degrees: ParallelDegrees
     numerics: str
     reason: str
+    spares: int
+    spares_ready: int
 
 
 FROZEN = (
@@ -176,7 +178,7 @@ def status_view(state: ClusterState, now: float) -> StatusView:
             for name, gateway in sorted(state.gateways.items())
             if gateway.link is not None
         ),
-        deployments=tuple(_deployment(deployment) for _, deployment in sorted(state.deployments.items())),
+        deployments=tuple(_deployment(state, deployment) for _, deployment in sorted(state.deployments.items())),
         fenced=tuple(FencedCount(frame=frame, count=count) for frame, count in sorted(state.fenced.items())),
         timing=state.timings.to_spec(),
         limited=_limited(state),
@@ -217,7 +219,7 @@ def _node(node: Node) -> NodeStatus:
         host=node.host,
         pid=node.pid,
         phase=node.phase,
-        ranks=tuple(rank for _, rank in sorted(node.ranks.items())),
+        ranks=tuple(replace(rank, held=node.held.get(device)) for device, rank in sorted(node.ranks.items())),
         serve_address=node.serve_address,
         incarnation=node.incarnation,
         silent_ms=round((node.unreachable_s if node.link is None else node.silence_s) * 1000),
@@ -256,12 +258,13 @@ def _replica_reason(record: DeploymentRecord, replica: Replica) -> Reason | None
     return shrunk_reason(record, replica) if shrunk else replica.reason
 
 
-def _deployment(deployment: Deployment) -> DeploymentStatus:
+def _deployment(state: ClusterState, deployment: Deployment) -> DeploymentStatus:
     record = deployment.record
     replicas = [replica for _, replica in sorted(deployment.replicas.items())]
     ready = sum(replica.phase is ReplicaPhase.READY for replica in replicas)
     reasons = [(replica.replica, _replica_reason(record, replica)) for replica in replicas]
     ailing = [f"{name}: {reason.text}" for name, reason in reasons if reason is not None]
+    spares = [spare for node in state.nodes.values() for spare in node.spares.values()]
     return DeploymentStatus(
         id=record.deployment,
         model=record.model,
@@ -271,6 +274,8 @@ def _deployment(deployment: Deployment) -> DeploymentStatus:
         degrees=record.spec.degrees,
         numerics=record.spec.numerics,
         reason=ailing[0] if ailing else "",
+        spares=record.spares,
+        spares_ready=sum(spare.ready and spare.spec.deployment == record.deployment for spare in spares),
     )
 
 

@@ -81,6 +81,8 @@ class DeploymentRecord:
     recovery_strategy: str = "checkpoint_restart"
     max_retries: int = 3
     slow_nodes: str = "report"
+    # Free devices that keep shards ready.
+    spares: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,10 +40,11 @@ def status_tables(status: Row) -> Group:
 
 
 def deployments_table(rows: list[Row]) -> Table:
-    table = _table("deployment", "model", "ready", "degrees", "numerics", "reason")
+    table = _table("deployment", "model", "ready", "degrees", "spares", "numerics", "reason")
     for row in rows:
         ready = f"{row['ready']} of {row['replicas']}"
-        table.add_row(row["id"], row["model"], ready, _degrees(row), row["numerics"], row["reason"])
+        spares = f"{row['spares_ready']} of {row['spares']}" if row["spares"] else ""
+        table.add_row(row["id"], row["model"], ready, _degrees(row), spares, row["numerics"], row["reason"])
     return table
 
 
@@ -52,7 +53,9 @@ def _degrees(row: Row) -> str:
 
 
 def nodes_table(rows: list[Row]) -> Table:
-    table = _table("node", "host", "pid", "state", "rank", "rank pid", "device", "rank state", "replica", "reason")
+    table = _table(
+        "node", "host", "pid", "state", "rank", "rank pid", "device", "rank state", "replica", "holds", "reason"
+    )
     for row in rows:
         node = (row["id"], row["host"], str(row["pid"]), state_text(row["state"]))
         ranks = row["ranks"] or [None]
@@ -60,12 +63,11 @@ def nodes_table(rows: list[Row]) -> Table:
             cells = node if index == 0 else ("", "", "", "")
             reason = row["reason"] if index == 0 else ""
             if rank is None:
-                table.add_row(*cells, "", "", "", "", "", reason)
+                table.add_row(*cells, "", "", "", "", "", "", reason)
                 continue
             replica = f"{rank['replica']} @ {rank['epoch']}" if rank["replica"] else ""
-            table.add_row(
-                *cells, str(rank["rank"]), str(rank["pid"]), rank["device"], state_text(rank["state"]), replica, reason
-            )
+            where = (str(rank["rank"]), str(rank["pid"]), rank["device"], state_text(rank["state"]))
+            table.add_row(*cells, *where, replica, rank["holds"], reason)
     return table
 
 

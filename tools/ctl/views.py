@@ -11,7 +11,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from protos.perdure.v1 import admin_pb2, common_pb2
+from protos.perdure.v1 import admin_pb2, common_pb2, session_pb2
 
 Row = dict[str, Any]
 
@@ -70,12 +70,18 @@ def nodes_view(status: admin_pb2.StatusResponse) -> list[Row]:
                     "state": enum_word(rank, "phase"),
                     "replica": rank.replica,
                     "epoch": rank.epoch,
+                    "holds": _holds(rank),
                 }
                 for rank in node.ranks
             ],
         }
         for node in status.nodes
     ]
+
+
+def _holds(rank: session_pb2.RankInfo) -> str:
+    """The shard of a model that the rank's process holds: "rank 1 of main"; empty: none."""
+    return f"rank {rank.held.rank} of {rank.held.deployment}" if rank.HasField("held") else ""
 
 
 def replicas_view(status: admin_pb2.StatusResponse) -> list[Row]:
@@ -115,6 +121,8 @@ def deployments_view(status: admin_pb2.StatusResponse) -> list[Row]:
             "tensor": deployment.degrees.tensor,
             "pipeline": deployment.degrees.pipeline,
             "expert": deployment.degrees.expert,
+            "spares": deployment.spares,
+            "spares_ready": deployment.spares_ready,
             "numerics": deployment.numerics,
             "reason": deployment.reason,
         }

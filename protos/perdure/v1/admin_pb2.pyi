@@ -147,7 +147,7 @@ class GatewayStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., pid: _Optional[int] = ..., url: _Optional[str] = ..., open_requests: _Optional[int] = ...) -> None: ...
 
 class DeploymentStatus(_message.Message):
-    __slots__ = ("id", "model", "model_path", "replicas", "ready", "degrees", "numerics", "reason")
+    __slots__ = ("id", "model", "model_path", "replicas", "ready", "degrees", "numerics", "reason", "spares", "spares_ready")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,8 @@ class DeploymentStatus(_message.Message):
     DEGREES_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    SPARES_FIELD_NUMBER: _ClassVar[int]
+    SPARES_READY_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     model_path: str
@@ -164,7 +166,9 @@ class DeploymentStatus(_message.Message):
     degrees: _common_pb2.ParallelDegrees
     numerics: str
     reason: str
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., model_path: _Optional[str] = ..., replicas: _Optional[int] = ..., ready: _Optional[int] = ..., degrees: _Optional[_Union[_common_pb2.ParallelDegrees, _Mapping]] = ..., numerics: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    spares: int
+    spares_ready: int
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., model_path: _Optional[str] = ..., replicas: _Optional[int] = ..., ready: _Optional[int] = ..., degrees: _Optional[_Union[_common_pb2.ParallelDegrees, _Mapping]] = ..., numerics: _Optional[str] = ..., reason: _Optional[str] = ..., spares: _Optional[int] = ..., spares_ready: _Optional[int] = ...) -> None: ...
 
 class FencedCount(_message.Message):
     __slots__ = ("frame", "count")
@@ -316,13 +320,14 @@ class CancelRequestResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("deployment", "model", "replicas", "spec", "recovery_strategy", "max_retries", "slow_nodes")
+    __slots__ = ("deployment", "model", "replicas", "spec", "recovery_strategy", "max_retries", "spares", "slow_nodes")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     RECOVERY_STRATEGY_FIELD_NUMBER: _ClassVar[int]
     MAX_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    SPARES_FIELD_NUMBER: _ClassVar[int]
     SLOW_NODES_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     model: str
@@ -330,8 +335,9 @@ class DeploymentSpec(_message.Message):
     spec: _common_pb2.ReplicaSpec
     recovery_strategy: str
     max_retries: int
+    spares: int
     slow_nodes: str
-    def __init__(self, deployment: _Optional[str] = ..., model: _Optional[str] = ..., replicas: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., recovery_strategy: _Optional[str] = ..., max_retries: _Optional[int] = ..., slow_nodes: _Optional[str] = ...) -> None: ...
+    def __init__(self, deployment: _Optional[str] = ..., model: _Optional[str] = ..., replicas: _Optional[int] = ..., spec: _Optional[_Union[_common_pb2.ReplicaSpec, _Mapping]] = ..., recovery_strategy: _Optional[str] = ..., max_retries: _Optional[int] = ..., spares: _Optional[int] = ..., slow_nodes: _Optional[str] = ...) -> None: ...
 
 class ApplyRequest(_message.Message):
     __slots__ = ("deployment",)

@@ -68,6 +68,7 @@ from controlplane.runtime.messages.session import (
     FormGroup,
     GroupPhase,
     LoadReplica,
+    PreloadWeights,
     PrepareGroup,
     ReleaseReplica,
     UndrainNode,
@@ -87,6 +88,8 @@ from tests.scenario.coordinator.peers import (
     hello_of,
     idle_rank,
     snapshot_of,
+    weights_of,
+    weights_state_of,
 )
 from tools.sim.duties import Duties
 
@@ -262,7 +265,7 @@ class Cluster:
                 devices = {m.device: m.rank for m in frame.members if m.node == worker.node}
                 holders = [name for name, held in worker.held.items() if held.devices.keys() & devices.keys()]
                 assert set(holders) <= {frame.replica}, f"{frame.replica} prepares on devices of {holders}"
-                worker.held[frame.replica] = Held(frame.epoch, ReplicaPhase.PREPARING, devices)
+                worker.held[frame.replica] = Held(frame.epoch, ReplicaPhase.PREPARING, devices, frame.spec)
                 return self.group(worker, frame.replica, GroupPhase.PREPARED)
             case FormGroup():
                 return self._advance(worker, frame, ReplicaPhase.FORMING, GroupPhase.FORMED)
@@ -273,6 +276,9 @@ class Cluster:
                 if held is not None and held.epoch <= frame.epoch:
                     del worker.held[frame.replica]
                     worker.end_sequences(frame.replica)
+                    return self._ranks_exit(worker, held) if isinstance(frame, ReleaseReplica) else []
+            case PreloadWeights():
+                return self._preload(worker, frame)
             case AssignBatch():
                 worker.assigned.update({permit.request: permit for permit in frame.permits})
             case DrainNode():
@@ -289,10 +295,29 @@ class Cluster:
         if held is None or held.epoch != frame.epoch:
             return []
         held.phase = phase
+        effects: list[Effect] = []
         if phase is ReplicaPhase.READY:
-            for device in held.devices:
-                worker.weights[device] = "fingerprint"
-        return self.group(worker, frame.replica, answer)
+            for device, rank in held.devices.items():
+                worker.weights[device] = weights_of(worker, device, held.spec, rank)
+                effects += self.say(worker, weights_state_of(worker, device))
+        return effects + self.group(worker, frame.replica, answer)
+
+    def _preload(self, worker: Worker, frame: PreloadWeights) -> list[Effect]:
+        """A free rank loads the shard, or says why not."""
+        busy = any(frame.device in held.devices for held in worker.held.values())
+        if busy or frame.device in worker.unwell:
+            kind, text = (ReasonKind.NO_CAPACITY, "busy") if busy else (ReasonKind.LOAD_FAILED, "the disk is gone")
+            return self.say(worker, weights_state_of(worker, frame.device, Reason(kind=kind, text=text)))
+        worker.weights[frame.device] = weights_of(worker, frame.device, frame.spec, frame.rank)
+        return self.say(worker, weights_state_of(worker, frame.device))
+
+    def _ranks_exit(self, worker: Worker, held: Held) -> list[Effect]:
+        """Released ranks exit, and fresh ones hold nothing."""
+        effects: list[Effect] = []
+        for device in held.devices:
+            worker.weights.pop(device, None)
+            effects += self.say(worker, weights_state_of(worker, device))
+        return effects
 
     def group(
         self, worker: Worker, replica: ReplicaId, phase: GroupPhase, fault: ReasonKind | None = None
@@ -301,8 +326,9 @@ class Cluster:
 
     def rank_exits(self, worker: Worker, device: str, suspects: tuple[str, ...] = ()) -> list[Effect]:
         """A rank process dies; its daemon lives and says so."""
-        name, held = next((name, held) for name, held in worker.held.items() if device in held.devices)
-        del worker.held[name]
+        bound = ((name, held) for name, held in worker.held.items() if device in held.devices)
+        name, held = next(bound, (ReplicaId(""), None))
+        worker.held.pop(name, None)
         worker.weights.pop(device, None)
         worker.down.append(device)
         worker.end_sequences(name)

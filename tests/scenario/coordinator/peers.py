@@ -41,10 +41,12 @@ from controlplane.runtime.messages.session import (
     GroupPhase,
     GroupState,
     Heartbeat,
+    HeldWeights,
     RankInfo,
     RankState,
     ReplicaInfo,
     ReplicaLoad,
+    WeightsState,
     WorkerHello,
     WorkerSnapshot,
     WorkerWelcome,
@@ -70,12 +72,18 @@ def deployment(
     path: str = "/models/m",
     *,
     elastic: bool = False,
+    spares: int = 0,
 ) -> DeploymentRecord:
     degrees = ParallelDegrees(tensor=tensor, pipeline=pipeline)
     spec = ReplicaSpec(deployment=DeploymentId(name), model_path=path, degrees=degrees)
     strategy = "elastic_scaling" if elastic else "checkpoint_restart"
     return DeploymentRecord(
-        deployment=DeploymentId(name), model=name, spec=spec, replicas=replicas, recovery_strategy=strategy
+        deployment=DeploymentId(name),
+        model=name,
+        spec=spec,
+        replicas=replicas,
+        recovery_strategy=strategy,
+        spares=spares,
     )
 
 
@@ -97,6 +105,7 @@ class Held:
     epoch: Epoch
     phase: ReplicaPhase
     devices: dict[str, int]
+    spec: ReplicaSpec
     progress: int = 0
 
 
@@ -123,7 +132,10 @@ class Worker:
     loads: dict[ReplicaId, dict[str, float]] = field(default_factory=dict[ReplicaId, dict[str, float]])
     # Devices whose rank process is being started again.
     down: deque[str] = field(default_factory=deque[str])
-    weights: dict[str, str] = field(default_factory=dict[str, str])
+    # What its rank processes hold, by device.
+    weights: dict[str, HeldWeights] = field(default_factory=dict[str, HeldWeights])
+    # Devices whose preloads fail.
+    unwell: set[str] = field(default_factory=set[str])
 
     @property
     def address(self) -> str:
@@ -163,19 +175,25 @@ class GatewayPeer:
 
 
 def snapshot_of(worker: Worker) -> WorkerSnapshot:
-    ranks = tuple(
-        RankInfo(
+    bound = {
+        device: RankInfo(
             device=device,
             pid=200,
             phase=RankPhase.SERVING,
             replica=name,
             epoch=held.epoch,
             rank=rank,
-            weights=worker.weights.get(device, ""),
+            held=worker.weights.get(device),
         )
         for name, held in worker.held.items()
         for device, rank in held.devices.items()
-    )
+    }
+    free = {
+        device: RankInfo(device=device, pid=200, phase=RankPhase.IDLE, held=worker.weights[device])
+        for device in worker.devices
+        if device in worker.weights and device not in bound
+    }
+    ranks = tuple((free | bound).values())
     replicas = tuple(
         ReplicaInfo(replica=name, epoch=held.epoch, phase=held.phase, capacity=CAPACITY)
         for name, held in worker.held.items()
@@ -239,14 +257,29 @@ def hello_of(worker: Worker, **fields: object) -> WorkerHello:
     return WorkerHello(**(values | fields))  # type: ignore[arg-type]
 
 
-def exit_of(replica: ReplicaId, held: Held, device: str, suspects: tuple[str, ...]) -> RankState:
-    """A rank was killed from within the node."""
+def weights_of(worker: Worker, device: str, spec: ReplicaSpec, rank: int) -> HeldWeights:
+    """What a rank process holds once it loaded."""
+    return HeldWeights(
+        deployment=spec.deployment,
+        degrees=spec.degrees,
+        rank=rank,
+        fingerprint=f"{spec.model_path}/{rank}",
+        address=f"{worker.node}/{device}",
+    )
+
+
+def weights_state_of(worker: Worker, device: str, reason: Reason | None = None) -> WeightsState:
+    return WeightsState(device=device, pid=200, held=worker.weights.get(device), reason=reason)
+
+
+def exit_of(replica: ReplicaId, held: Held | None, device: str, suspects: tuple[str, ...]) -> RankState:
+    """A rank was killed from within the node; `held`: what it belonged to."""
     return RankState(
         device=device,
         pid=200,
         replica=replica,
-        epoch=held.epoch,
-        rank=held.devices[device],
+        epoch=held.epoch if held else Epoch(0),
+        rank=held.devices[device] if held else 0,
         phase=RankPhase.EXITED,
         reason=Reason(kind=ReasonKind.PROCESS_EXITED, text="signal 9"),
         exit_signal=9,

@@ -3,10 +3,11 @@
 A file holds blocks parted by empty lines. A block is command lines, a line `----`, then the expected effects, one a
 line (heartbeats are left out). `#` begins a comment. Commands:
 
-    store [m=REPLICAS [tp=N] [pp=N] [elastic]] [peers=NAMES] [restored]
+    store [m=REPLICAS [tp=N] [pp=N] [spares=N] [elastic]] [peers=NAMES] [restored]
     worker NAME joins [devices=N]          a fresh process registers and attaches with its Snapshot
     worker NAME dies | breaks | returns | stops | goes-on | hides | shows | unregisters | registers
     worker NAME rank DEVICE exits [suspects=IDS]
+    worker NAME device DEVICE sickens | recovers   its preloads fail, or do not
     worker NAME respawns                   a new rank is up where one exited
     worker NAME answers [N]                it handles its oldest frames
     worker NAME fails REPLICA PHASE [kind=KIND]   a GroupState that is not ok
@@ -15,7 +16,7 @@ line (heartbeats are left out). `#` begins a comment. Commands:
     gateway NAME joins [REQUEST@REPLICA@EPOCH...]
     gateway NAME routes REQUEST[.ATTEMPT]... [key=value...]
     gateway NAME ends REQUEST[.ATTEMPT]... | breaks
-    admin drain|undrain NODE | cancel REQUEST | apply m=REPLICAS [path=P] [tp=N] [pp=N] [elastic]
+    admin drain|undrain NODE | cancel REQUEST | apply m=REPLICAS [path=P] [tp=N] [pp=N] [spares=N] [elastic]
     etcd mute|heard|down|up|writes|revokes
     probe                                  outstanding probes are made
     settle                                 etcd, probes and workers answer until all is quiet
@@ -68,7 +69,16 @@ from controlplane.runtime.messages.route import (
     RoutedBatch,
     RouteEntry,
 )
-from controlplane.runtime.messages.session import AssignBatch, Drained, Fenced, GroupPhase, Leaving
+from controlplane.runtime.messages.session import (
+    AssignBatch,
+    Drained,
+    Fenced,
+    GroupPhase,
+    Leaving,
+    LoadReplica,
+    PreloadWeights,
+    WeightSource,
+)
 from controlplane.runtime.records import DeploymentRecord
 from tests.scenario.coordinator.model import Cluster
 from tests.scenario.coordinator.peers import deployment, entry
@@ -154,6 +164,8 @@ class Script:
                 worker.refuses = False
             case ["goes-on"]:
                 worker.stopped = False
+            case ["device", device, "sickens" | "recovers"]:
+                worker.unwell = {device} if words[3] == "sickens" else set()
             case ["unregisters"]:
                 return cluster.lease_gone(name)
             case ["registers"]:
@@ -316,12 +328,20 @@ def show_body(body: Any) -> str:
             rows = " ".join(f"{row.replica}@{row.epoch}:{row.phase.name}" for row in body.rows)
             workers = " ".join(f"{'-' if one.gone else '+'}{one.node}" for one in body.workers)
             return " ".join(filter(None, ("Table" if body.full else "Rows", rows, workers)))
+        case LoadReplica():
+            return f"{name} {body.replica}@{body.epoch}{_sources(body.sources)}"
+        case PreloadWeights():
+            return f"{name} {body.device} rank {body.rank} of {body.spec.deployment}{_sources(body.sources)}"
         case _:
             pass
     target = f" {body.replica}@{body.epoch}" if hasattr(body, "replica") else ""
     reason = f" {show_reason(body.reason)}" if getattr(body, "reason", None) else ""
     suspects = f" suspects {','.join(body.suspects)}" if getattr(body, "suspects", ()) else ""
     return f"{name}{target}{reason}{suspects}"
+
+
+def _sources(sources: tuple[WeightSource, ...]) -> str:
+    return " from " + " ".join(one.address for one in sources) if sources else ""
 
 
 def _permit(permit: Any) -> str:
@@ -335,6 +355,7 @@ def _deployment(words: list[str], options: dict[str, str]) -> DeploymentRecord:
         pipeline=int(options.get("pp", 1)),
         path=options.get("path", "/models/m"),
         elastic="elastic" in words,
+        spares=int(options.get("spares", 0)),
     )
 
 

@@ -98,14 +98,17 @@ class RandomOrders(RuleBasedStateMachine):
         replicas=st.integers(1, 3),
         tensor=st.integers(1, 2),
         elastic=st.booleans(),
+        spares=st.integers(0, 3),
         workers=st.integers(0, 3),
         calm=st.booleans(),
     )
-    def start(self, replicas: int, tensor: int, elastic: bool, workers: int, calm: bool) -> None:
+    def start(self, replicas: int, tensor: int, elastic: bool, spares: int, workers: int, calm: bool) -> None:
         self.cluster = Cluster()
         self.journals = Journals()
         self.cluster.watch = self.journals.take
-        self.cluster.deployments[DeploymentId("m")] = deployment(replicas=replicas, tensor=tensor, elastic=elastic)
+        self.cluster.deployments[DeploymentId("m")] = deployment(
+            replicas=replicas, tensor=tensor, elastic=elastic, spares=spares
+        )
         self.cluster.load()
         self.requests = 0
         self.gateway = self.cluster.add_gateway("g1")
@@ -188,6 +191,22 @@ class RandomOrders(RuleBasedStateMachine):
         held = data.draw(st.sampled_from(sorted(worker.held)))
         device = data.draw(st.sampled_from(sorted(worker.held[held].devices)))
         self.cluster.rank_exits(worker, device)
+
+    @precondition(lambda self: any(node.spares for node in self.cluster.state.nodes.values()))
+    @rule(data=st.data(), exits=st.booleans())
+    def spare_fails(self, data: st.DataObject, exits: bool) -> None:
+        spares = [(worker, device) for worker in self.connected() for device in self._spares_of(worker)]
+        if not spares:
+            return
+        worker, device = data.draw(st.sampled_from(spares))
+        if exits:
+            self.cluster.rank_exits(worker, device)
+        else:
+            worker.unwell.add(device)
+
+    def _spares_of(self, worker: Worker) -> list[str]:
+        node = self.cluster.state.nodes.get(worker.node)
+        return [] if node is None else [device for device in sorted(node.spares) if device not in worker.down]
 
     @precondition(lambda self: any(worker.down for worker in self.connected()))
     @rule()
@@ -281,8 +300,8 @@ class RandomOrders(RuleBasedStateMachine):
         body = UndrainAsked(NodeId(node)) if back else DrainAsked(NodeId(node), 1000)
         self.cluster.step(AdminAsked(AskId(1), body))
 
-    def operator_applies(self, replicas: int, tensor: int, path: str, elastic: bool) -> None:
-        asked = deployment(replicas=replicas, tensor=tensor, path=path, elastic=elastic)
+    def operator_applies(self, replicas: int, tensor: int, path: str, elastic: bool, spares: int) -> None:
+        asked = deployment(replicas=replicas, tensor=tensor, path=path, elastic=elastic, spares=spares)
         self.cluster.step(AdminAsked(AskId(2), ApplyAsked(asked)))
 
     def leader_changes(self) -> None:
@@ -301,7 +320,8 @@ class RandomOrders(RuleBasedStateMachine):
             case "apply":
                 paths = st.sampled_from(("/models/m", "/models/n"))
                 replicas, tensor = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 2))
-                self.operator_applies(replicas, tensor, data.draw(paths), data.draw(st.booleans()))
+                elastic, spares = data.draw(st.booleans()), data.draw(st.integers(0, 3))
+                self.operator_applies(replicas, tensor, data.draw(paths), elastic, spares)
             case _:
                 self.leader_changes()
 
@@ -326,6 +346,10 @@ class RandomOrders(RuleBasedStateMachine):
         phases = {name: replica.phase for name, replica in state.replicas.items()}
         assert list(phases.values()) == [ReplicaPhase.READY] * record.replicas, phases
         assert all(replica.spec == record.spec for replica in state.replicas.values()), "one is shrunk without need"
+        spares = [spare for node in state.nodes.values() for spare in node.spares.values()]
+        free = DEVICES * len(WORKERS) - sum(len(replica.members) for replica in state.replicas.values())
+        assert len(spares) == (min(record.spares, free) if record.replicas else 0)
+        assert all(spare.ready and spare.spec == record.spec for spare in spares)
         if record.replicas:
             assert not state.deployments[DeploymentId("m")].queue
             assert self.journals.placed.keys() == self.journals.attempts.keys()
@@ -338,6 +362,7 @@ class RandomOrders(RuleBasedStateMachine):
             worker = cluster.workers.get(NodeId(name))
             if worker is not None:
                 worker.stopped = worker.refuses = worker.draining = False
+                worker.unwell.clear()
             cluster.step(AdminAsked(AskId(3), UndrainAsked(NodeId(name))))
         # fewer requests than all windows hold, so that each can run
         for request in sorted(self.journals.attempts)[4:]:

@@ -40,6 +40,7 @@ fault_tolerance:
   max_retries: 5
   recovery_strategy: elastic_scaling
   slow_nodes: drain
+  spares: 2
   failure_timeout: 6
   heartbeat_interval: 1
 monitoring:
@@ -67,6 +68,7 @@ def test_whole_file_becomes_a_deployment(tmp_path: Path) -> None:
     deployment = config.deployment()
     assert (deployment.model, deployment.replicas, deployment.max_retries) == ("some-model", 2, 5)
     assert (deployment.recovery_strategy, deployment.slow_nodes) == ("elastic_scaling", "drain")
+    assert deployment.spares == 2
     assert (deployment.spec.degrees.tensor, deployment.spec.degrees.expert) == (2, 2)
     assert (deployment.spec.model_path, deployment.spec.dtype) == ("/models/some-model", "bfloat16")
     assert deployment.spec.backend == "nccl"
@@ -90,11 +92,13 @@ def test_replicas_fill_the_devices_unless_set(tmp_path: Path) -> None:
     nodes = "cluster: {nodes: [{host: a, devices: [0, 1, 2, 3]}, {host: b, devices: [0, 1, 2, 3]}]}\n"
     assert ClusterConfig.load(write(tmp_path, nodes + "parallelism: {tensor_parallel_size: 2}")).replicas == 4
     assert ClusterConfig.load(write(tmp_path, nodes + "parallelism: {data_parallel_size: 3}")).replicas == 3
+    spares = "parallelism: {tensor_parallel_size: 2}\nfault_tolerance: {spares: 3}"
+    assert ClusterConfig.load(write(tmp_path, nodes + spares)).replicas == 2
 
 
-def test_disabled_fault_tolerance_means_no_retries(tmp_path: Path) -> None:
-    config = ClusterConfig.load(write(tmp_path, "fault_tolerance: {enable: false, max_retries: 7}"))
-    assert config.deployment().max_retries == 0
+def test_disabled_fault_tolerance_means_no_retries_and_no_spares(tmp_path: Path) -> None:
+    config = ClusterConfig.load(write(tmp_path, "fault_tolerance: {enable: false, max_retries: 7, spares: 1}"))
+    assert (config.deployment().max_retries, config.deployment().spares) == (0, 0)
 
 
 def test_nodes_of_one_host_are_numbered(tmp_path: Path) -> None:

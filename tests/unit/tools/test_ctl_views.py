@@ -13,7 +13,13 @@ from tools.ctl import tables, views
 
 def status() -> admin_pb2.StatusResponse:
     rank = session_pb2.RankInfo(
-        device="cpu:0", pid=31, phase=common_pb2.RANK_PHASE_SERVING, replica="main-0", epoch=4, rank=0
+        device="cpu:0",
+        pid=31,
+        phase=common_pb2.RANK_PHASE_SERVING,
+        replica="main-0",
+        epoch=4,
+        rank=0,
+        held=session_pb2.HeldWeights(deployment="main", degrees=common_pb2.ParallelDegrees(tensor=2), rank=1),
     )
     reason = common_pb2.Reason(kind=common_pb2.REASON_KIND_SESSION_SILENT)
     return admin_pb2.StatusResponse(
@@ -38,9 +44,11 @@ def status() -> admin_pb2.StatusResponse:
                 members=[common_pb2.Member(rank=0, node="w0", device="cpu:0", host="a")],
                 load_fraction=0.25,
                 load_stage="weights",
+                degrees=common_pb2.ParallelDegrees(tensor=2, pipeline=1, data=1, expert=1),
             )
         ],
         gateways=[admin_pb2.GatewayStatus(id="cp-0", pid=11, url="http://a:8000", open_requests=3)],
+        deployments=[admin_pb2.DeploymentStatus(id="main", model="m", replicas=1, spares=3, spares_ready=1)],
         fenced=[admin_pb2.FencedCount(frame="Assign", count=7)],
     )
 
@@ -60,16 +68,25 @@ def test_status_as_programs_read_it() -> None:
         ("w1", "b", 22, "unreachable"),
     ]
     assert view["nodes"][0]["ranks"] == [
-        {"rank": 0, "pid": 31, "device": "cpu:0", "state": "serving", "replica": "main-0", "epoch": 4}
+        {
+            "rank": 0,
+            "pid": 31,
+            "device": "cpu:0",
+            "state": "serving",
+            "replica": "main-0",
+            "epoch": 4,
+            "holds": "rank 1 of main",
+        }
     ]
     replica = view["replicas"][0]
-    assert {key: replica[key] for key in ("id", "state", "epoch", "running", "waiting", "free_blocks")} == {
+    assert {key: replica[key] for key in ("id", "state", "epoch", "running", "waiting", "free_blocks", "tensor")} == {
         "id": "main-0",
         "state": "loading",
         "epoch": 4,
         "running": 2,
         "waiting": 1,
         "free_blocks": 90,
+        "tensor": 2,
     }
     assert view["gateways"] == [{"id": "cp-0", "pid": 11, "url": "http://a:8000", "open_requests": 3}]
     assert view["fenced"] == {"Assign": 7}
@@ -87,6 +104,9 @@ def test_status_as_people_read_it() -> None:
     text = printed(tables.status_tables(views.status_view(status())))
     assert "leader cp-0 (pid 11, 10.0.0.1:7700), term 3, frozen" in text
     assert "main-0 @ 4" in text
+    assert "rank 1 of main" in text
+    assert "tp 2 · pp 1 · ep 1" in text
+    assert "1 of 3" in text
     assert "loading 25% weights" in text
     assert "session silent" in text
     assert "frames refused as stale: 7 Assign" in text

@@ -67,6 +67,8 @@ def phases(cluster: Cluster) -> dict[str, ReplicaPhase]:
         (replace(deployment("n"), model="m"), "model: 'm' is served by another deployment"),
         (replace(deployment("n"), replicas=-1), "replicas: is negative"),
         (replace(deployment("n"), max_retries=-1), "max_retries: is negative"),
+        (deployment("n", spares=-1), "spares: -1 is not in 0..64"),
+        (deployment("n", spares=65), "spares: 65 is not in 0..64"),
         (deployment("n", path=""), "spec.model_path: is empty"),
         (deployment("n", tensor=0), "spec.degrees: must be at least 1"),
         (replace(deployment("n"), spec=deployment("x").spec), "spec.deployment: differs from deployment"),

@@ -9,17 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controlplane.core.degrees import named, smaller
-from controlplane.core.placement import FreeDevice, FreeNode, Wanted, plan
+from controlplane.core.placement import plan
+from controlplane.core.stock import FreeDevice, FreeNode, Shard, Wanted
 from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId
 from controlplane.runtime.messages.common import Member, ParallelDegrees, ReasonKind
 
 M = DeploymentId("m")
 
 
-def node(name: str, count: int = 1, held: dict[int, int] | None = None) -> FreeNode:
+def node(
+    name: str, count: int = 1, held: dict[int, int] | None = None, degrees: ParallelDegrees | None = None
+) -> FreeNode:
     """`held`: device index to the rank whose weights of M it holds."""
     held = held or {}
-    free = tuple(FreeDevice(device=f"cpu:{i}", held=(M, held[i]) if i in held else None) for i in range(count))
+    degrees = degrees or ParallelDegrees()
+    free = tuple(
+        FreeDevice(device=f"cpu:{i}", held=Shard(M, degrees, held[i]) if i in held else None) for i in range(count)
+    )
     return FreeNode(node=NodeId(name), host=f"{name}.host", free=free)
 
 
@@ -80,7 +86,8 @@ def test_the_former_node_and_device() -> None:
 
 
 def test_each_rank_gets_the_device_that_holds_its_weights() -> None:
-    assert places(wanted(tensor=2), [node("w1", 3, held={0: 1, 2: 0})]) == "w1/2 w1/0"
+    held = node("w1", 3, held={0: 1, 2: 0}, degrees=ParallelDegrees(tensor=2))
+    assert places(wanted(tensor=2), [held]) == "w1/2 w1/0"
 
 
 def test_a_device_that_holds_other_weights_is_taken_last() -> None:
@@ -153,3 +160,59 @@ def test_full_replicas_take_their_place_first() -> None:
     made = plan([first, second], [node("w1", 6)], {})
     assert [named(made[ReplicaId(name)].degrees) for name in ("m-0", "m-1")] == ["tp4", "tp2"]
     assert made[ReplicaId("m-1")].reason.text == "shrunk from tp4 to tp2 on one node: 2 devices free, 4 needed"
+
+
+# ---------------------------------------------------------------- survivors and spares
+
+TP2, TP2_PP2 = ParallelDegrees(tensor=2), ParallelDegrees(tensor=2, pipeline=2)
+
+
+def test_a_survivor_and_a_spare_before_a_whole_node() -> None:
+    nodes = [node("w1", held={0: 0}, degrees=TP2), node("w3", held={0: 1}, degrees=TP2), node("w4", 2)]
+    assert places(wanted(tensor=2, previous="w1/0 w2/0"), nodes) == "w1/0 w3/0"
+
+
+def test_rank_0_is_lost() -> None:
+    nodes = [node("w2", held={0: 1}, degrees=TP2), node("w3", held={0: 0}, degrees=TP2), node("w4", 2)]
+    assert places(wanted(tensor=2, previous="w1/0 w2/0"), nodes) == "w3/0 w2/0"
+
+
+def test_a_surviving_stage_and_a_spare_stage_before_a_whole_node() -> None:
+    survivor = node("w1", 2, held={0: 0, 1: 1}, degrees=TP2_PP2)
+    spare = node("w3", 2, held={0: 3, 1: 2}, degrees=TP2_PP2)
+    want = wanted(tensor=2, pipeline=2, previous="w1/0 w1/1 w2/0 w2/1")
+    assert places(want, [survivor, spare, node("w4", 4)]) == "w1/0 w1/1 w3/1 w3/0"
+
+
+def test_a_tensor_group_that_was_on_one_node_is_not_cut_to_save_a_load() -> None:
+    survivor = node("w1", 1, held={0: 0}, degrees=TP2)
+    spare = node("w3", 1, held={0: 1}, degrees=TP2)
+    assert places(wanted(tensor=2, previous="w1/0 w1/1"), [survivor, spare, node("w4", 2)]) == "w4/0 w4/1"
+
+
+def test_a_whole_group_of_spares_replaces_one_that_lost_a_rank() -> None:
+    survivor = node("w1", 1, held={0: 0}, degrees=TP2)
+    spare = node("w3", 2, held={0: 1, 1: 0}, degrees=TP2)
+    assert places(wanted(tensor=2, previous="w1/0 w1/1"), [survivor, spare, node("w4", 2)]) == "w3/1 w3/0"
+
+
+def test_a_spare_before_a_node_without_a_sibling() -> None:
+    assert places(wanted(previous="w2/0"), [node("w1", held={0: 0}), node("w3")], {"w1": 1}) == "w1/0"
+
+
+def test_shards_of_other_degrees_do_not_count() -> None:
+    nodes = [node("w1", held={0: 0}, degrees=TP2), node("w3", held={0: 1}, degrees=TP2_PP2), node("w4", 2)]
+    assert places(wanted(tensor=2, previous="w1/0 w2/0"), nodes) == "w4/0 w4/1"
+
+
+def test_a_surviving_stage_keeps_its_number_without_a_spare() -> None:
+    survivor = node("w2", 2, held={0: 2, 1: 3}, degrees=TP2_PP2)
+    want = wanted(tensor=2, pipeline=2, previous="w1/0 w1/1 w2/0 w2/1")
+    assert places(want, [survivor, node("w3", 2)]) == "w3/0 w3/1 w2/0 w2/1"
+
+
+def test_who_has_spares_chooses_before_who_never_ran() -> None:
+    fresh, missed = wanted(0), wanted(1, previous="w9/0")
+    made = plan([fresh, missed], [node("w1", held={0: 0}), node("w2")], {})
+    assert made[ReplicaId("m-1")].members[0].node == "w1"
+    assert made[ReplicaId("m-0")].members[0].node == "w2"

@@ -1,0 +1,58 @@
+"""What ranks hold of models, and from whom others may copy it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from controlplane.core.entities import Node, is_session_live
+from controlplane.core.state import ClusterState
+from controlplane.core.stock import Shard
+from controlplane.runtime.ids import DeploymentId, NodeId
+from controlplane.runtime.messages.session import HeldWeights, WeightSource, WeightsState
+
+SOURCES_MAX = 64
+"""Living ranks that a loading one is told of."""
+
+Place = tuple[NodeId, str]
+
+
+def told(state: ClusterState, node: Node, said: WeightsState) -> None:
+    """A device's rank process holds something else now."""
+    if said.held is None:
+        node.held.pop(said.device, None)
+    else:
+        node.held[said.device] = said.held
+    state.replan = True
+
+
+def forget(state: ClusterState, deployment: DeploymentId) -> None:
+    """Other weights are wanted under this name: what ranks hold is of no use."""
+    for node in state.nodes.values():
+        node.held = {device: held for device, held in node.held.items() if held.deployment != deployment}
+
+
+def shard_of(held: HeldWeights) -> Shard:
+    return Shard(held.deployment, held.degrees, held.rank)
+
+
+def sources(state: ClusterState, deployment: DeploymentId, besides: frozenset[Place]) -> tuple[WeightSource, ...]:
+    """Living ranks that hold weights of the deployment, whatever their degrees; none on `besides`.
+
+    The search begins at a node by chance, so that not everybody asks the same ones. Whether what a rank holds is still
+    the content wanted is between the two ranks.
+    """
+    nodes = list(state.nodes.values())
+    start = state.rng.randrange(len(nodes)) if nodes else 0
+    found: list[WeightSource] = []
+    for node in [*nodes[start:], *nodes[:start]]:
+        if is_session_live(node):
+            found.extend(_at(node, deployment, besides))
+        if len(found) >= SOURCES_MAX:
+            break
+    return tuple(sorted(found[:SOURCES_MAX], key=lambda source: source.address))
+
+
+def _at(node: Node, deployment: DeploymentId, besides: frozenset[Place]) -> Iterator[WeightSource]:
+    for device, held in node.held.items():
+        if held.deployment == deployment and held.address and (node.node, device) not in besides:
+            yield WeightSource(degrees=held.degrees, rank=held.rank, address=held.address)
