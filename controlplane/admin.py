@@ -64,9 +64,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> Any:
         view = self._coordinator.view(status_view)
         if view is None:
-            if not self._leader_address:
-                return self._leaderless_status()
-            return self._signed(await self._ask_leader("Status", request, context))
+            return self._signed(await self._leaders_status(request))
         return self._signed(codec_of(type(view), admin_pb2.StatusResponse.DESCRIPTOR).to_proto(view))
 
     async def ListRequests(self, request: admin_pb2.ListRequestsRequest, context: Context) -> Any:
@@ -147,15 +145,30 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         address = self._leader_address
         if not address:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no control plane leads at the moment")
+        try:
+            return await self._call(address, method, request)
+        except grpc.aio.AioRpcError as error:
+            text = error.details() or ""
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                text = f"the leader at {address} does not answer: {text}"
+            await context.abort(error.code(), text)
+
+    async def _leaders_status(self, request: admin_pb2.StatusRequest) -> admin_pb2.StatusResponse:
+        """The leader's, or that there is none who answers."""
+        address = self._leader_address
+        if not address:
+            return self._leaderless_status("")
+        try:
+            return await self._call(address, "Status", request)
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise
+            return self._leaderless_status(f" (the last one, at {address}, does not answer: {error.details()})")
+
+    async def _call(self, address: str, method: str, request: Any) -> Any:
         async with self._channel_to(address) as channel:
             call = getattr(admin_pb2_grpc.AdminStub(channel), method)
-            try:
-                return await call(request, timeout=self._timings.stage)
-            except grpc.aio.AioRpcError as error:
-                text = error.details() or ""
-                if error.code() == grpc.StatusCode.UNAVAILABLE:
-                    text = f"the leader at {address} does not answer: {text}"
-                await context.abort(error.code(), text)
+            return await call(request, timeout=self._timings.stage)
 
     @property
     def _leader_address(self) -> str:
@@ -177,14 +190,13 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         status.answered_by, status.answerer = identity.name, identity.incarnation
         return status
 
-    def _leaderless_status(self) -> admin_pb2.StatusResponse:
+    def _leaderless_status(self, last: str) -> admin_pb2.StatusResponse:
         spec = self._timings.to_spec()
-        response = admin_pb2.StatusResponse(
+        return admin_pb2.StatusResponse(
             cluster=self._coordinator.identity.cluster,
             timing={
                 "failure_timeout_ms": spec.failure_timeout_ms,
                 "heartbeat_interval_ms": spec.heartbeat_interval_ms,
             },
-            limited={"kind": common_pb2.REASON_KIND_NOT_LEADER, "text": LEADERLESS},
+            limited={"kind": common_pb2.REASON_KIND_NOT_LEADER, "text": LEADERLESS + last},
         )
-        return self._signed(response)

@@ -12,7 +12,7 @@ import trustme
 
 from controlplane.runtime.etcd_server import EtcdTls
 from protos.perdure.v1 import admin_pb2, admin_pb2_grpc
-from tests.support.cluster import ROOT, Cluster
+from tests.support.cluster import ROOT, Cluster, eventually
 from tests.support.etcd import etcdctl, pem_files
 from tests.support.models import tiny_model
 from tests.support.streams import start_wave
@@ -59,7 +59,7 @@ async def test_certificates_and_a_password_that_changes(tmp_path: Path) -> None:
         await cluster.start()
         await assert_serves()
 
-        # Leases are renewed without a password: the leader goes on, but can write nothing.
+        # Whoever is signed in goes on, until a write is refused and it has to sign in again.
         change_password(PASSWORD, "other")
         with pytest.raises(grpc.aio.AioRpcError, match=WRONG):
             await scale(cluster)
@@ -69,18 +69,19 @@ async def test_certificates_and_a_password_that_changes(tmp_path: Path) -> None:
         _assert_refused(cluster)
 
         change_password("other", PASSWORD)
-        await scale(cluster)
+        await eventually("changes are taken again", lambda: scale(cluster))
         assert "limited" not in await cluster.wait_ready()
         await assert_serves()
     finally:
         await cluster.stop()
 
 
-async def scale(cluster: Cluster) -> None:
-    """To what it is: something is written all the same."""
+async def scale(cluster: Cluster) -> bool:
+    """To what it is: something is written all the same. Raises AioRpcError if not."""
     async with grpc.aio.insecure_channel(cluster.address()) as channel:
         stub = admin_pb2_grpc.AdminStub(channel)
         await stub.Scale(admin_pb2.ScaleRequest(deployment="main", replicas=1), timeout=10)
+        return True
 
 
 def _assert_refused(cluster: Cluster) -> None:

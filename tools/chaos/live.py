@@ -43,8 +43,11 @@ class LiveCluster:
         self._gateways = len(self._addresses) if nodes else 0
 
     async def status(self) -> admin_pb2.StatusResponse:
-        """Raises ChaosError if nobody answers."""
-        return await self._ask(lambda stub: stub.Status(admin_pb2.StatusRequest(), timeout=CALL_S))
+        """The leader's, if one of those who answer can reach it. Raises ChaosError if nobody answers."""
+        request = admin_pb2.StatusRequest()
+        return await self._ask(
+            lambda stub: stub.Status(request, timeout=CALL_S), lambda answer: answer.HasField("leader")
+        )
 
     async def failures(self) -> list[admin_pb2.FailureStatus]:
         """The leader's records, oldest first."""
@@ -161,8 +164,12 @@ class LiveCluster:
                     return f"{replica.id} is shrunk"
         return ""
 
-    async def _ask(self, call: Callable[[admin_pb2_grpc.AdminStub], Awaitable[T]]) -> T:
+    async def _ask(
+        self, call: Callable[[admin_pb2_grpc.AdminStub], Awaitable[T]], good: Callable[[T], bool] = lambda _: True
+    ) -> T:
+        """The first good answer, else the last one. Raises ChaosError if there is none."""
         problem = "no address"
+        answers: list[T] = []
         for address in list(self._addresses):
             async with grpc.aio.insecure_channel(address) as channel:
                 try:
@@ -170,8 +177,12 @@ class LiveCluster:
                 except grpc.aio.AioRpcError as error:
                     problem = f"{address}: {error.details()}"
                     continue
-            self._addresses.sort(key=lambda other: other != address)
-            return answer
+            answers.append(answer)
+            if good(answer):
+                self._addresses.sort(key=lambda other: other != address)
+                return answer
+        if answers:
+            return answers[-1]
         raise ChaosError(f"no control plane answers ({problem})")
 
 
