@@ -293,7 +293,8 @@ async def test_a_zombie_leader_gets_nothing_accepted(cluster: Cluster, undisturb
     leader.signal(signal.SIGSTOP)
 
     async def deposed() -> bool:
-        return int((await cluster.status(other))["leader"]["term"]) > term
+        status = await cluster.status(other)
+        return "leader" in status and int(status["leader"]["term"]) > term
 
     await eventually("a new leader is elected", deposed)
     streams = await running.finish()
