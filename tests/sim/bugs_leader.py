@@ -167,3 +167,7 @@ def request_in_etcd(patch: pytest.MonkeyPatch) -> None:
         return original(state, gateway, entry, *rest)
 
     patch.setattr(core.scheduler, "admit", admit)
+
+
+def shrunk_for_ever(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core.deployments, "_is_outgrown", lambda state, deployment, replica: False)

@@ -101,9 +101,8 @@ def shadows_never_ended(patch: pytest.MonkeyPatch) -> None:
 
 def old_leader_obeyed(patch: pytest.MonkeyPatch) -> None:
     """Skip fencing: no term is remembered, so that a frame of any is as good as another."""
-    for module in (worker.terms, worker.leader, worker.bodies, worker.gateways, dataplane.core.step):
-        if hasattr(module, "see_term"):
-            patch.setattr(module, "see_term", lambda turn, term, address="": None)
+    for module in (worker.bodies, worker.gateways, worker.step):
+        patch.setattr(module, "see_term", lambda turn, term, address="": None)
     patch.setattr(worker.leader, "raise_term", lambda turn, term: None)
 
 

@@ -75,6 +75,9 @@ LATE_FOR_AN_EPOCH = [
 ]
 """Bodies are on their way while their replica falls and comes up again."""
 
+WITHOUT_NODES = [*(Fault(6.0, "lose_machine", name, lasts=9.0) for name in ("w1", "w2")), Fault(18.0, "break", "w3")]
+ELASTIC = Shape(control_planes=1, workers=3, devices=1, replicas=1, tensor=2, elastic=1)
+
 MUTANTS = (
     # the leader
     Mutant("skip grace", leader.skip_grace, ("stop", "lose_machine", "isolate"), seeds=5),
@@ -94,6 +97,7 @@ MUTANTS = (
     Mutant("guard by create-revision", leader.guard_by_create_revision, ("kill",)),
     Mutant("term not raised", leader.term_not_raised, ("kill",)),
     Mutant("stale placement", leader.stale_placement, ("rank_crash", "scale", "leave"), PLAIN),
+    Mutant("shrunk for ever", leader.shrunk_for_ever, WITHOUT_NODES, ELASTIC),
     Mutant("credit leak", leader.credit_leak, ()),
     Mutant("queue miscounted", leader.queue_miscounted, ("burst",)),
     Mutant("an end is forgotten", leader.end_forgotten, ()),

@@ -8,8 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from controlplane.core.elastic import is_shrunk
 from controlplane.core.entities import NodePhase
 from controlplane.core.messages import ApplyAsked, UndrainAsked
+from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import NodeId
 from controlplane.runtime.messages.common import ReplicaPhase
 from tools.sim.faults import Fault, draw_schedule
@@ -21,6 +23,8 @@ FAULTS_S = 20.0
 HEALED_WITHIN_S = 90.0
 """Virtual seconds from healing until every request ended, every replica serves and every queue is empty: a leader's
 grace, a regroup with its retries, the patience with a node that does not return (10 F), and slack."""
+GROWN_WITHIN_S = 60.0
+"""So much longer until replicas that shrank have grown back: they wait for 10 F first."""
 LOOK_S = 0.5
 PROBES = 3
 
@@ -62,7 +66,9 @@ def shape_of(seed: int) -> Shape:
     devices = random.choice((1, 2))
     if workers * devices < tensor * pipeline:
         tensor = pipeline = 1
-    shape = Shape(random.choice((1, 2, 3, 3)), workers, devices, tensor=tensor, pipeline=pipeline)
+    elastic = random.choice((0, 1)) if tensor * pipeline > 1 else 0
+    planes = random.choice((1, 2, 3, 3))
+    shape = Shape(planes, workers, devices, tensor=tensor, pipeline=pipeline, elastic=elastic)
     return replace(shape, replicas=random.randrange(1, shape.room + 1))
 
 
@@ -125,7 +131,7 @@ class Run:
         self._load = False
         self.striker.stop()
         self.world.heal()
-        self._expect_health(kernel.now + self._healed_within_s)
+        self._expect_health(kernel.now + self._healed_within_s + self.world.shape.elastic * GROWN_WITHIN_S)
         self._expect_service()
 
     def _arrive(self) -> None:
@@ -141,6 +147,9 @@ class Run:
         kernel, begun = self.world.kernel, self.world.kernel.now
         while (ailment := self._ailment()) is not None:
             assert kernel.now < deadline, f"not healthy {self._healed_within_s:g} s after healing: {ailment}"
+            for name in self.world.hosts():
+                # One that was told to go and left after all was healed.
+                self.world.restart(name)
             if self._needs_operator():
                 self._operate()
             kernel.run_until(kernel.now + LOOK_S)
@@ -148,8 +157,7 @@ class Run:
         kernel.tell("world", "healthy", after=f"{self.healed_s:.1f}")
 
     def _needs_operator(self) -> bool:
-        """Somebody waits for a person by design: a spent budget, a drained node, a daemon that was asked to go, a wish
-        that no leader heard."""
+        """Somebody waits for a person by design: a spent budget, a drained node, a wish that no leader heard."""
         world, leader = self.world, self.world.leader()
         if leader is None or leader.state is None:
             return False
@@ -157,13 +165,12 @@ class Run:
         degraded = any(replica.phase is ReplicaPhase.DEGRADED for replica in state.replicas.values())
         drained = any(node.phase in (NodePhase.DRAINING, NodePhase.LEFT) for node in state.nodes.values())
         unheard = all(one.record != world.wanted for one in state.deployments.values())
-        return degraded or drained or unheard or any(world.process(name) is None for name in world.workers)
+        return degraded or drained or unheard
 
     def _operate(self) -> None:
         """What an operator does after a bad night: take drained nodes back, and ask again for what is wanted."""
         for name in self.world.workers:
             self.world.ask_leader(UndrainAsked(NodeId(name)))
-            self.world.restart(name)
         self.world.ask_leader(ApplyAsked(self.world.wanted))
 
     def _expect_service(self) -> None:
@@ -189,11 +196,16 @@ class Run:
         for replica in state.replicas.values():
             if replica.phase is not ReplicaPhase.READY and not self._has_no_room(len(state.replicas)):
                 return f"{replica.replica} is {replica.phase.name}: {replica.reason.text if replica.reason else ''}"
-        if sum(replica.phase is ReplicaPhase.READY for replica in state.replicas.values()) < self._expected():
-            return "replicas are missing"
+        if (whole := self._whole(state)) < self._expected():
+            return f"{whole} replicas serve with all their ranks"
         if state.requests:
             return f"the leader still counts {sorted(state.requests)[:3]}"
         return world.safety.leftovers()
+
+    def _whole(self, state: ClusterState) -> int:
+        """Replicas that serve, and are not shrunk."""
+        ready = [replica for replica in state.replicas.values() if replica.phase is ReplicaPhase.READY]
+        return sum(not is_shrunk(state.deployments[replica.deployment].record, replica) for replica in ready)
 
     def _expected(self) -> int:
         return min(self.world.wanted.replicas, self.world.shape.room)

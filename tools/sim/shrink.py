@@ -72,5 +72,6 @@ def shape_text(shape: Shape) -> str:
     """The shape as scenarios write it."""
     return (
         f"control_planes={shape.control_planes} workers={shape.workers} devices={shape.devices} "
-        f"replicas={shape.replicas} tensor={shape.tensor} pipeline={shape.pipeline}"
+        f"replicas={shape.replicas} tensor={shape.tensor} pipeline={shape.pipeline} "
+        f"elastic={shape.elastic}"
     )

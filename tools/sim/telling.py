@@ -15,16 +15,15 @@ TOKEN_BYTES = 4
 
 def tell_recorded(kernel: Kernel, who: str, recorded: leader_core.Recorded | worker_core.Recorded) -> None:
     """What a leader or a daemon puts on record."""
-    kernel.tell(
-        who,
-        recorded.name,
-        node=getattr(recorded, "node", ""),
-        replica=recorded.replica,
-        epoch=recorded.epoch or "",
-        request=recorded.request,
-        reason=recorded.reason.text if recorded.reason is not None else "",
+    about: dict[str, object] = {
+        "node": getattr(recorded, "node", ""),
+        "replica": recorded.replica,
+        "epoch": recorded.epoch or "",
+        "request": recorded.request,
+        "reason": recorded.reason.text if recorded.reason is not None else "",
         **recorded.details,
-    )
+    }
+    kernel.tell(who, recorded.name, **about)
 
 
 def tell_request(kernel: Kernel, gateway: str, effect: Any) -> None:

@@ -46,6 +46,8 @@ class Shape:
     replicas: int = 3
     tensor: int = 1
     pipeline: int = 1
+    # 1: what has no place at its full degrees is served with fewer ranks meanwhile.
+    elastic: int = 0
 
     @property
     def ranks(self) -> int:
@@ -65,7 +67,10 @@ class Shape:
             max_sequences=4,
             max_batch_tokens=32,
         )
-        return DeploymentRecord(deployment=DeploymentId("m"), model="m", spec=spec, replicas=self.replicas)
+        strategy = "elastic_scaling" if self.elastic else "checkpoint_restart"
+        return DeploymentRecord(
+            deployment=DeploymentId("m"), model="m", spec=spec, replicas=self.replicas, recovery_strategy=strategy
+        )
 
 
 class ControlPlane:
