@@ -116,8 +116,8 @@ class LiveCluster:
         return sorted({member.node for member in members})
 
     async def wait_whole(self, limit_s: float) -> None:
-        """Return once there is a leader, everybody is there, and every replica of every deployment is ready. Raises
-        ChaosError."""
+        """Return once there is a leader, everybody is there, and of every deployment all replicas, in full size, and
+        all spares are ready. Raises ChaosError."""
         deadline = asyncio.get_running_loop().time() + limit_s
         problem = ""
         while asyncio.get_running_loop().time() < deadline:
@@ -159,6 +159,8 @@ class LiveCluster:
         for deployment in status.deployments:
             if deployment.ready < deployment.replicas:
                 return f"{deployment.ready} of {deployment.replicas} replicas of {deployment.id} are ready"
+            if deployment.spares_ready < deployment.spares:
+                return f"{deployment.spares_ready} of {deployment.spares} spares of {deployment.id} are ready"
             for replica in status.replicas:
                 if replica.deployment == deployment.id and _degrees(replica) != _degrees(deployment):
                     return f"{replica.id} is shrunk"
