@@ -39,12 +39,9 @@ def with_own(state: ClusterState, nodes: Sequence[FreeNode], replica: Replica) -
 def _free_node(node: Node, taken: Collection[str]) -> FreeNode:
     if len(taken) >= len(node.devices):
         return FreeNode(node=node.node, host=node.address, free=())
-    devices = [
-        _free_device(node, device.id)
-        for device in node.devices
-        if device.id not in taken and device.id not in node.sick and _is_up(node, device.id)
-    ]
-    return FreeNode(node=node.node, host=node.address, free=tuple(devices))
+    left = [device.id for device in node.devices if device.id not in taken and device.id not in node.sick]
+    up = tuple(_free_device(node, device) for device in left if _is_up(node, device))
+    return FreeNode(node=node.node, host=node.address, free=up, starting=len(left) - len(up))
 
 
 def _is_up(node: Node, device: str) -> bool:

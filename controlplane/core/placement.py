@@ -84,6 +84,8 @@ def _shrunk(want: Wanted, made: Plan, stock: Stock, shape: str) -> Reason:
 
 def _no_place(want: Wanted, stock: Stock) -> Reason:
     text = f"{want.replica} needs {_devices(ranks_of(want.degrees))}, {stock.total} free"
+    if stock.starting:
+        text += f", {stock.starting} starting"
     return Reason(kind=ReasonKind.NO_CAPACITY, text=text + _missing(want, stock))
 
 

@@ -35,6 +35,8 @@ class FreeNode:
     node: NodeId
     host: str
     free: tuple[FreeDevice, ...]
+    # Devices that will be free once their rank processes are up.
+    starting: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,7 @@ class Stock:
         self.nodes = {node.node: node for node in nodes}
         self.siblings = dict(siblings)
         self.total = sum(len(node.free) for node in nodes)
+        self.starting = sum(node.starting for node in nodes)
         self._devices = {(node.node, device.device) for node in nodes for device in node.free}
         self._holders: dict[Shard, list[tuple[NodeId, FreeDevice]]] = defaultdict(list)
         for node in nodes:
