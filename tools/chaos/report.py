@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def render(results: Sequence[Result]) -> str:
     lines = [
         "# Chaos report",
         "",
-        f"{verdict} {count} streams at a time, in the row before the rounds of a cluster undisturbed.",
+        f"{verdict} {count} streams at a time. Rows in italics: each cluster undisturbed, which is what its rounds are "
+        f"compared with. As of {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}.",
         "",
         "| | round | verdict | streams as undisturbed | new requests served | longest gap, ms "
         "| slowest new request, ms | failed replicas: noticed, first token again, served again (ms) | whole again, s |",
