@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,6 +170,21 @@ class ClusterConfig(Section):
         return _validate(Source.read(Path(path), overrides or {}))
 
     @classmethod
+    def load_all(cls, path: str | Path) -> list[ClusterConfig]:
+        """One configuration for each document of a YAML file, each with a deployment of its own. Raises ConfigError."""
+        sources = Source.read_all(Path(path), {})
+        configs = [_validate(source) for source in sources]
+        problems = [
+            source.problem(loc, f"{name(config)!r} stands in another document, too")
+            for loc, name in _NAMES.items()
+            for index, (source, config) in enumerate(zip(sources, configs, strict=True))
+            if name(config) in map(name, configs[:index])
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return configs
+
+    @classmethod
     def from_flags(cls, overrides: Overrides | None = None) -> ClusterConfig:
         """The configuration that flags alone give. Raises ConfigError with every problem."""
         return _validate(Source.empty(overrides or {}))
@@ -265,6 +281,13 @@ class ClusterConfig(Section):
     def to_yaml(self) -> str:
         """A file that loads to an equal configuration."""
         return yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False)
+
+
+# What two deployments cannot share.
+_NAMES: dict[Loc, Callable[[ClusterConfig], str]] = {
+    ("model", "deployment"): lambda config: config.model.deployment,
+    ("model", "name"): lambda config: config.model_name,
+}
 
 
 def _validate(source: Source) -> ClusterConfig:

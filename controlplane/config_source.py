@@ -66,23 +66,37 @@ class Source:
 
     @classmethod
     def read(cls, path: Path, overrides: Overrides) -> Source:
-        """Parse a YAML file. Raises ConfigError when it cannot be read, parsed, or holds a key twice."""
+        """Parse a YAML file of one document. Raises ConfigError if it cannot be read or parsed, or has a key twice."""
+        first, *others = cls.read_all(path, overrides)
+        if others:
+            text = f"holds {1 + len(others)} documents, one is wanted; `perdure ctl apply` takes several"
+            raise ConfigError([Problem(str(path), "", text)])
+        return first
+
+    @classmethod
+    def read_all(cls, path: Path, overrides: Overrides) -> list[Source]:
+        """Parse a YAML file, a source for each of its documents. Raises ConfigError as `read` does."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
             raise ConfigError([Problem(str(path), "", f"cannot be read: {reason}")]) from error
         try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            data = yaml.safe_load(text)
+            roots = list(yaml.compose_all(text, Loader=yaml.SafeLoader)) or [None]
+            documents = list(yaml.safe_load_all(text)) or [None]
         except yaml.MarkedYAMLError as error:
             raise ConfigError([_syntax_problem(path, error)]) from error
         except yaml.YAMLError as error:
             raise ConfigError([Problem(str(path), "", f"is not YAML: {error}")]) from error
+        return [cls._of(path, root, data, overrides) for root, data in zip(roots, documents, strict=True)]
+
+    @classmethod
+    def _of(cls, path: Path, root: yaml.Node | None, data: Any, overrides: Overrides) -> Source:
         if data is None:
             data = {}
         if not isinstance(data, dict):
-            raise ConfigError([Problem(f"{path}:1", "", "must hold a mapping of sections (cluster, model, …)")])
+            line = root.start_mark.line + 1 if root is not None else 1
+            raise ConfigError([Problem(f"{path}:{line}", "", "must hold a mapping of sections (cluster, model, …)")])
         doubled = [] if root is None else _doubled_keys(root, str(path))
         if doubled:
             raise ConfigError(doubled)

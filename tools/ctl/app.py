@@ -124,14 +124,16 @@ def apply(
     address: Address = None,
     json: Json = False,
 ) -> None:
-    """Make the deployment that a file describes the desired state."""
+    """Make the deployments that a file describes the desired state, one for each of its documents (parted by ---)."""
+    codec = Codec(DeploymentRecord, admin_pb2.DeploymentSpec)
     with _one_line_errors():
-        deployment = ClusterConfig.load(file).deployment()
-        spec = Codec(DeploymentRecord, admin_pb2.DeploymentSpec).to_proto(deployment)
-        with admin(find_addresses(address)) as stub:
-            response = stub.Apply(admin_pb2.ApplyRequest(deployment=spec), timeout=CALL_TIMEOUT_S)
-    row = {"deployment": deployment.deployment, "created": response.created}
-    _print(row, json, lambda row: f"{row['deployment']}: {'created' if row['created'] else 'changed'}")
+        for config in ClusterConfig.load_all(file):
+            deployment = config.deployment()
+            request = admin_pb2.ApplyRequest(deployment=codec.to_proto(deployment))
+            with admin(find_addresses(address)) as stub:
+                created = stub.Apply(request, timeout=CALL_TIMEOUT_S).created
+            row = {"deployment": deployment.deployment, "created": created}
+            _print(row, json, lambda row: f"{row['deployment']}: {'created' if row['created'] else 'changed'}")
 
 
 @app.command()

@@ -96,6 +96,55 @@ def test_replicas_fill_the_devices_unless_set(tmp_path: Path) -> None:
     assert ClusterConfig.load(write(tmp_path, nodes + spares)).replicas == 2
 
 
+TWO = """
+cluster: {nodes: [{host: a, devices: [0, 1]}, {host: b, devices: [0, 1]}]}
+model: {path: /models/large, deployment: large}
+parallelism: {tensor_parallel_size: 2, data_parallel_size: 1}
+---
+model: {path: /models/small, deployment: small}
+parallelism: {data_parallel_size: 2}
+"""
+
+
+def test_a_file_may_hold_several_deployments(tmp_path: Path) -> None:
+    records = [config.deployment() for config in ClusterConfig.load_all(write(tmp_path, TWO))]
+    assert [(record.deployment, record.model, record.replicas) for record in records] == [
+        ("large", "large", 1),
+        ("small", "small", 2),
+    ]
+    assert [record.spec.degrees.tensor for record in records] == [2, 1]
+
+
+def test_where_one_is_wanted_several_are_refused(tmp_path: Path) -> None:
+    assert problems(tmp_path, TWO) == [
+        "cluster.yaml: holds 2 documents, one is wanted; `perdure ctl apply` takes several"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "model: {path: /a/x}\n---\nmodel: {path: /a/y}",
+            "cluster.yaml:3: model.deployment: 'main' stands in another document, too",
+        ),
+        (
+            "model: {path: /a/x}\n---\nmodel: {path: /b/x, deployment: n}",
+            "cluster.yaml:3: model.name: 'x' stands in another document, too",
+        ),
+        (
+            "model: {path: /a/x}\n---\nmodel: {pat: /b/y}",
+            "cluster.yaml:3: model.pat: is not a known key; did you mean 'path'?",
+        ),
+        ("model: {path: /a/x}\n---\n- y", "cluster.yaml:3: must hold a mapping of sections (cluster, model, …)"),
+    ],
+)
+def test_what_is_wrong_in_a_later_document_is_named_with_its_line(tmp_path: Path, text: str, found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ClusterConfig.load_all(write(tmp_path, text))
+    assert [str(problem).removeprefix(f"{tmp_path}/") for problem in caught.value.problems] == [found]
+
+
 def test_disabled_fault_tolerance_means_no_retries_and_no_spares(tmp_path: Path) -> None:
     config = ClusterConfig.load(write(tmp_path, "fault_tolerance: {enable: false, max_retries: 7, spares: 1}"))
     assert (config.deployment().max_retries, config.deployment().spares) == (0, 0)

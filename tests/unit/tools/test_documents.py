@@ -85,6 +85,11 @@ def test_example_configuration_loads(name: str) -> None:
     assert ClusterConfig.load(DEPLOY / name).replicas >= 2
 
 
+def test_example_of_several_deployments_loads() -> None:
+    first, second = (config.deployment() for config in ClusterConfig.load_all(DEPLOY / "two-models.yaml"))
+    assert (first.recovery_strategy, first.spares, second.spares) == ("elastic_scaling", 2, 0)
+
+
 def test_configuration_inside_the_kubernetes_manifest_loads(tmp_path: Path) -> None:
     documents = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "controlplane.yaml").read_text()))
     (text,) = [document["data"]["cluster.yaml"] for document in documents if document["kind"] == "ConfigMap"]
