@@ -81,7 +81,7 @@ def _undrain(state: ClusterState, node: Node) -> None:
     for replica in _on(state, node):
         if not any(other.drain is not None for name in replica.nodes if (other := state.nodes.get(name)) is not None):
             stop_drain(state, replica)
-    pardon_all(state)
+    pardon_all(state, fresh=False)
     state.replan = True
 
 

@@ -23,7 +23,16 @@ from controlplane.runtime.ids import (
     RequestId,
     SessionId,
 )
-from controlplane.runtime.messages.common import Capacity, Device, Member, Permit, Reason, ReplicaPhase, ReplicaSpec
+from controlplane.runtime.messages.common import (
+    Capacity,
+    Device,
+    Member,
+    Permit,
+    Reason,
+    ReasonKind,
+    ReplicaPhase,
+    ReplicaSpec,
+)
 from controlplane.runtime.messages.route import Routed, RouteEntry, RouteRefused
 from controlplane.runtime.messages.session import HeldWeights, RankInfo, ReplicaInfo, SequenceInfo
 from controlplane.runtime.records import DeploymentRecord
@@ -64,8 +73,16 @@ class Limits:
     assignment_batch_max: int = 32
     # Replicas considered for one batch, least loaded first; the others wait for a later one.
     assignment_replicas_max: int = 16
-    # Failed attempts to bring a replica up within timings.regroup_window after which it is DEGRADED.
+    # Failed attempts to bring a replica up within timings.regroup_window after which it is DEGRADED or FAILED.
     regroup_failures_max: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that went wrong, at monotonic time `at`."""
+
+    at: float
+    kind: ReasonKind
 
 
 @dataclass(slots=True)
@@ -163,6 +180,10 @@ class Node:
     proven: bool = False
     revoked: bool = False
     drain: Drain | None = None
+    # When this incarnation's first session of the term began to count.
+    joined_at: float = 0.0
+    # Lost again and again: for so long it takes no new ranks.
+    shunned_s: float = 0.0
     loop_lag_ms: int = 0
     reason: Reason | None = None
 
@@ -175,7 +196,7 @@ class Node:
     @property
     def placeable(self) -> bool:
         """New ranks may be placed here."""
-        return self.phase is NodePhase.LIVE and self.known
+        return self.phase is NodePhase.LIVE and self.known and self.shunned_s <= 0
 
 
 @dataclass(slots=True)
@@ -197,6 +218,7 @@ class Gateway:
 
 FORMING_PHASES = frozenset({ReplicaPhase.PREPARING, ReplicaPhase.FORMING, ReplicaPhase.LOADING})
 SERVING_PHASES = frozenset({ReplicaPhase.READY, ReplicaPhase.DRAINING})
+GIVEN_UP = frozenset({ReplicaPhase.DEGRADED, ReplicaPhase.FAILED})
 PLACED_PHASES = FORMING_PHASES | SERVING_PHASES | {ReplicaPhase.PLANNED}
 
 
@@ -235,7 +257,7 @@ class Replica:
     drain: Drain | None = None
     # It goes for good once closed.
     retiring: bool = False
-    failures: deque[float] = field(default_factory=deque[float])
+    failures: deque[Fault] = field(default_factory=deque[Fault])
     retry_s: float = 0.0
     # Since it has no place.
     homeless_s: float = 0.0

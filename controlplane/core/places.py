@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from controlplane.core.entities import Replica
+from controlplane.core.entities import GIVEN_UP, Replica
 from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId
 from controlplane.runtime.messages.common import Member, ReplicaPhase
 
@@ -24,7 +24,7 @@ class Places:
     # Without a place, and draining.
     homeless: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
     draining: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
-    # DEGRADED, or too large for their devices' memory.
+    # DEGRADED, FAILED, or too large for their devices' memory.
     given_up: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
     _on: dict[NodeId, dict[ReplicaId, Replica]] = field(default_factory=dict[NodeId, dict[ReplicaId, Replica]])
     # Devices held, and by whom: etcd may say of two that they do, until their workers tell.
@@ -44,7 +44,7 @@ class Places:
             self._hold(replica, held)
         _keep(self.homeless, replica, kept=replica.phase in _WAITING)
         _keep(self.draining, replica, kept=replica.drain is not None)
-        _keep(self.given_up, replica, kept=replica.phase is ReplicaPhase.DEGRADED or replica.oom_ranks > 0)
+        _keep(self.given_up, replica, kept=replica.phase in GIVEN_UP or replica.oom_ranks > 0)
 
     def forget(self, replica: Replica) -> None:
         """The replica is no more."""

@@ -11,7 +11,7 @@ from math import ceil
 
 from controlplane.core import failures
 from controlplane.core.degrees import ranks_of
-from controlplane.core.entities import FORMING_PHASES, SERVING_PHASES, Deployment, Drain, Node, Replica
+from controlplane.core.entities import FORMING_PHASES, GIVEN_UP, SERVING_PHASES, Deployment, Drain, Fault, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import DeletePlacement, WritePlacement
 from controlplane.core.scheduler import has_room
@@ -21,6 +21,9 @@ from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhas
 from controlplane.runtime.messages.route import MoveRequests, ReplicaClosed
 from controlplane.runtime.messages.session import AbortGroup, ReleaseReplica, ReplicaLoad
 from controlplane.runtime.records import PlacementRecord
+
+LASTING = frozenset({ReasonKind.INVALID, ReasonKind.LOAD_FAILED, ReasonKind.OUT_OF_MEMORY})
+"""Trying again does not mend these: the model is refused, its files cannot be read, it is too large."""
 
 
 def close(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequence[RequestId] = ()) -> None:
@@ -64,23 +67,30 @@ def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequen
     if not charged:
         return
     recent = replica.failures
-    recent.append(state.now)
-    while state.now - recent[0] > state.timings.regroup_window:
+    recent.append(Fault(state.now, reason.kind))
+    while state.now - recent[0].at > state.timings.regroup_window:
         recent.popleft()
     if len(recent) >= state.limits.regroup_failures_max:
-        replica.phase = ReplicaPhase.DEGRADED
-        state.row_changed(replica)
-        state.record("replica_degraded", replica=replica, reason=reason, details={"failures": str(len(recent))})
+        _give_up(state, replica, reason)
     else:
         # at once, then after one interval, three, seven, ...
         replica.retry_s = state.timings.heartbeat_interval * (2 ** (len(recent) - 1) - 1)
+
+
+def _give_up(state: ClusterState, replica: Replica, reason: Reason) -> None:
+    """The budget is spent. Each time for a reason that lasts: only another wish, or another node, can help."""
+    lasting = all(fault.kind in LASTING for fault in replica.failures)
+    replica.phase = ReplicaPhase.FAILED if lasting else ReplicaPhase.DEGRADED
+    state.row_changed(replica)
+    name = "replica_failed" if lasting else "replica_degraded"
+    state.record(name, replica=replica, reason=reason, details={"failures": str(len(replica.failures))})
 
 
 def pardon(state: ClusterState, replica: Replica) -> None:
     """Something changed for the better: try again with a fresh budget."""
     replica.failures.clear()
     replica.oom_ranks = 0
-    if replica.phase is ReplicaPhase.DEGRADED:
+    if replica.phase in GIVEN_UP:
         replica.phase = ReplicaPhase.CLOSED
         state.record("replica_pardoned", replica=replica, reason=replica.reason)
     replica.retry_s = 0.0
@@ -88,9 +98,11 @@ def pardon(state: ClusterState, replica: Replica) -> None:
     state.replan = True
 
 
-def pardon_all(state: ClusterState) -> None:
+def pardon_all(state: ClusterState, *, fresh: bool) -> None:
+    """There is more than there was. `fresh`: not what was there before, so that what failed there may do."""
     for replica in list(state.places.given_up.values()):
-        pardon(state, replica)
+        if fresh or replica.phase is ReplicaPhase.DEGRADED:
+            pardon(state, replica)
 
 
 def close_on(state: ClusterState, node: Node, reason: Reason) -> None:

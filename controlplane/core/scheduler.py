@@ -8,13 +8,14 @@ all of it is seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from heapq import nsmallest
 from math import inf
 
 from controlplane.core import failures
 from controlplane.core.assignment import assign
 from controlplane.core.elastic import is_shrunk
-from controlplane.core.entities import Deployment, Gateway, Replica, Request
+from controlplane.core.entities import GIVEN_UP, Deployment, Gateway, Replica, Request
 from controlplane.core.fair_queue import Ticket
 from controlplane.core.prediction import congestion_s, demand, fits, pace, predicted_s
 from controlplane.core.state import ClusterState
@@ -117,8 +118,10 @@ def refuse(
 
 
 def expire(state: ClusterState) -> None:
-    """Refuse what waited too long: past its own deadline, or past the hope for a replica."""
+    """Refuse what waited too long: past its own deadline, or past the hope for a replica; and what waits in vain."""
     for deployment in state.deployments.values():
+        if (failed := _failed(deployment)) is not None:
+            drop_queue(state, deployment, RouteCode.DEPLOYMENT_FAILED, failed)
         hopeless = _hopeless(state, deployment)
         for name in list(deployment.queue):
             request = state.requests[name]
@@ -284,6 +287,8 @@ def _refusal(state: ClusterState, entry: RouteEntry) -> tuple[RouteCode, Reason,
         return RouteCode.POISON, Reason(kind=ReasonKind.POISON, text=text), 0.0
     if (too_long := _too_long(entry, deployment)) is not None:
         return RouteCode.TOO_LONG, too_long, 0.0
+    if (failed := _failed(deployment)) is not None:
+        return RouteCode.DEPLOYMENT_FAILED, failed, 0.0
     hopeless = _hopeless(state, deployment)
     if hopeless is not None and hopeless.kind is not ReasonKind.NO_CAPACITY:
         return RouteCode.NO_REPLICA, hopeless, state.timings.failure_timeout
@@ -308,12 +313,25 @@ def _too_long(entry: RouteEntry, deployment: Deployment) -> Reason | None:
     return Reason(kind=ReasonKind.INVALID, text=text)
 
 
+def _failed(deployment: Deployment) -> Reason | None:
+    """Why no replica can come up, whatever anybody waits for."""
+    first: Replica | None = None
+    for replica in deployment.replicas.values():
+        if not replica.retiring:
+            if replica.phase is not ReplicaPhase.FAILED:
+                return None
+            first = first or replica
+    if first is None or first.reason is None:
+        return None
+    return replace(first.reason, text=f"{first.replica} cannot come up: {first.reason.text}")
+
+
 def _hopeless(state: ClusterState, deployment: Deployment) -> Reason | None:
     """Why waiting will not help soon; None while a replica serves or comes up.
 
     Of kind NO_CAPACITY while a node's return would help: worth a wait of timings.node_return.
     """
-    hopeless = (ReplicaPhase.HELD, ReplicaPhase.DEGRADED)
+    hopeless = GIVEN_UP | {ReplicaPhase.HELD}
     if any(replica.phase not in hopeless and not replica.retiring for replica in deployment.replicas.values()):
         return None
     replicas = [replica for replica in deployment.replicas.values() if not replica.retiring]
@@ -323,7 +341,7 @@ def _hopeless(state: ClusterState, deployment: Deployment) -> Reason | None:
             return Reason(kind=ReasonKind.NO_CAPACITY, text=text)
     for replica in replicas:
         text = replica.reason.text if replica.reason else ""
-        return Reason(kind=ReasonKind.GROUP_FAILED, text=f"{replica.replica} is degraded: {text}")
+        return Reason(kind=ReasonKind.GROUP_FAILED, text=f"{replica.replica} is {replica.phase.name.lower()}: {text}")
     text = f"{deployment.record.deployment} has no replicas"
     # right after a deployment was made its replicas are still to be planned
     kind = ReasonKind.NO_CAPACITY if deployment.record.replicas else ReasonKind.ADMIN

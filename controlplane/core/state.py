@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -108,6 +108,8 @@ class ClusterState:
     epochs: dict[ReplicaId, Epoch] = field(default_factory=dict[ReplicaId, Epoch])
     # Addresses that refused connects of a living process: for them the lease alone counts.
     refusal_lies: set[str] = field(default_factory=set[str])
+    # When each node was lost soon after it came; a name outlives its incarnations.
+    losses: dict[NodeId, deque[float]] = field(default_factory=dict[NodeId, deque[float]])
     failures: FailureLog = field(default_factory=FailureLog)
     # Refused frames by kind; those that a peer refused of ours begin with "peer:".
     fenced: Counter[str] = field(default_factory=Counter[str])

@@ -29,6 +29,7 @@ _FINAL = {
     RouteCode.TOO_LONG: Failure.TOO_LONG,
     RouteCode.DEADLINE: Failure.DEADLINE,
     RouteCode.POISON: Failure.POISON,
+    RouteCode.DEPLOYMENT_FAILED: Failure.UNAVAILABLE,
 }
 
 PLANNED_KINDS = frozenset({ReasonKind.DRAINING, ReasonKind.REPLACED, ReasonKind.ADMIN})

@@ -11,7 +11,7 @@ from rich.text import Text
 from tools.ctl.views import FAILURE_STEPS, Row, words
 
 GOOD = frozenset({"live", "ready", "leading", "serving"})
-BAD = frozenset({"lost", "closed", "exited", "degraded", "unreachable", "frozen"})
+BAD = frozenset({"lost", "closed", "exited", "degraded", "failed", "unreachable", "frozen"})
 
 
 def status_tables(status: Row) -> Group:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from controlplane.core.elastic import is_shrunk
-from controlplane.core.entities import NodePhase
+from controlplane.core.entities import GIVEN_UP, NodePhase
 from controlplane.core.messages import ApplyAsked, UndrainAsked
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import NodeId
@@ -162,7 +162,7 @@ class Run:
         if leader is None or leader.state is None:
             return False
         state = leader.state
-        degraded = any(replica.phase is ReplicaPhase.DEGRADED for replica in state.replicas.values())
+        degraded = any(replica.phase in GIVEN_UP for replica in state.replicas.values())
         drained = any(node.phase in (NodePhase.DRAINING, NodePhase.LEFT) for node in state.nodes.values())
         unheard = all(one.record != world.wanted for one in state.deployments.values())
         return degraded or drained or unheard

@@ -69,6 +69,7 @@ class ReplicaPhase(IntEnum):
     CLOSED = 7
     HELD = 8
     DEGRADED = 9
+    FAILED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

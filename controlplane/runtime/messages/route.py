@@ -55,6 +55,7 @@ class RouteCode(IntEnum):
     TOO_LONG = 4
     DEADLINE = 5
     POISON = 6
+    DEPLOYMENT_FAILED = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,6 +67,7 @@ class ReplicaPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_PHASE_CLOSED: _ClassVar[ReplicaPhase]
     REPLICA_PHASE_HELD: _ClassVar[ReplicaPhase]
     REPLICA_PHASE_DEGRADED: _ClassVar[ReplicaPhase]
+    REPLICA_PHASE_FAILED: _ClassVar[ReplicaPhase]
 REASON_KIND_UNSPECIFIED: ReasonKind
 REASON_KIND_PROCESS_EXITED: ReasonKind
 REASON_KIND_LEASE_EXPIRED: ReasonKind
@@ -116,6 +117,7 @@ REPLICA_PHASE_DRAINING: ReplicaPhase
 REPLICA_PHASE_CLOSED: ReplicaPhase
 REPLICA_PHASE_HELD: ReplicaPhase
 REPLICA_PHASE_DEGRADED: ReplicaPhase
+REPLICA_PHASE_FAILED: ReplicaPhase
 
 class Head(_message.Message):
     __slots__ = ("term", "session", "seq", "ack")

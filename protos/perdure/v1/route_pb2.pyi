@@ -42,6 +42,7 @@ class RouteCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROUTE_CODE_TOO_LONG: _ClassVar[RouteCode]
     ROUTE_CODE_DEADLINE: _ClassVar[RouteCode]
     ROUTE_CODE_POISON: _ClassVar[RouteCode]
+    ROUTE_CODE_DEPLOYMENT_FAILED: _ClassVar[RouteCode]
 JOURNAL_PHASE_UNSPECIFIED: JournalPhase
 JOURNAL_PHASE_ROUTING: JournalPhase
 JOURNAL_PHASE_OPENING: JournalPhase
@@ -64,6 +65,7 @@ ROUTE_CODE_UNKNOWN_DEPLOYMENT: RouteCode
 ROUTE_CODE_TOO_LONG: RouteCode
 ROUTE_CODE_DEADLINE: RouteCode
 ROUTE_CODE_POISON: RouteCode
+ROUTE_CODE_DEPLOYMENT_FAILED: RouteCode
 
 class RouteRequest(_message.Message):
     __slots__ = ("head", "hello", "inventory", "route", "end", "locate", "heartbeat", "fenced", "first_tokens")

@@ -179,6 +179,8 @@ class Script:
                 return [e for _ in range(int(count[0]) if count else 1) for e in cluster.answer_next(worker)]
             case ["fails", replica, phase]:
                 fault = ReasonKind[options.get("kind", "GROUP_FAILED")]
+                if worker.inbox and isinstance(worker.inbox[0], LoadReplica):
+                    worker.inbox.popleft()
                 return cluster.group(worker, ReplicaId(replica), GroupPhase[phase], fault)
             case ["load", replica]:
                 worker.loads[ReplicaId(replica)] = {key: float(value) for key, value in options.items()}

@@ -10,6 +10,7 @@ from controlplane.core.entities import NodePhase, Replica
 from controlplane.core.messages import (
     AdminAnswered,
     AdminAsked,
+    ApplyAsked,
     AskId,
     DrainAsked,
     Effect,
@@ -157,6 +158,53 @@ def test_failures_are_counted_and_degrade() -> None:
     fresh = cluster.add_worker("w2")
     cluster.register(fresh)
     assert "replica_pardoned" in recorded(cluster.attach(fresh))
+
+
+def fail_with(cluster: Cluster, *kinds: ReasonKind) -> None:
+    """m-0 fails to prepare, each time for another reason."""
+    for kind in kinds:
+        while replica_of(cluster).phase is not ReplicaPhase.PREPARING:
+            cluster.tick()
+            while cluster.writes:
+                cluster.write_next()
+        worker = worker_of(cluster)
+        while worker.held.get(M0) is None or worker.held[M0].epoch != replica_of(cluster).epoch:
+            cluster.answer_next(worker)
+        cluster.group(worker, M0, GroupPhase.PREPARED, kind)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "phase"),
+    [
+        ((ReasonKind.LOAD_FAILED,) * 3, ReplicaPhase.FAILED),
+        ((ReasonKind.OUT_OF_MEMORY,) * 3, ReplicaPhase.FAILED),
+        ((ReasonKind.INVALID, ReasonKind.LOAD_FAILED, ReasonKind.INVALID), ReplicaPhase.FAILED),
+        ((ReasonKind.LOAD_FAILED, ReasonKind.GROUP_FAILED, ReasonKind.LOAD_FAILED), ReplicaPhase.DEGRADED),
+    ],
+)
+def test_given_up_for_good_where_each_reason_lasts(kinds: tuple[ReasonKind, ...], phase: ReplicaPhase) -> None:
+    cluster = started()
+    fail_with(cluster, *kinds)
+    assert replica_of(cluster).phase is phase
+    ticks(cluster, cluster.timings.regroup_window)
+    assert replica_of(cluster).phase is phase
+
+
+def test_one_failed_replica_of_two_refuses_nothing() -> None:
+    cluster = started(replicas=2, devices=1)
+    fail_with(cluster, *(ReasonKind.LOAD_FAILED,) * 3)
+    gateway = cluster.add_gateway("g1")
+    cluster.tell(gateway, RouteBatch(entries=(entry("r1"),)))
+    cluster.settle()
+    assert replica_of(cluster, "m-1").load.outstanding == {"r1"}
+
+
+def test_an_operators_wish_pardons_what_failed() -> None:
+    cluster = started()
+    fail_with(cluster, *(ReasonKind.LOAD_FAILED,) * 3)
+    cluster.step(AdminAsked(AskId(1), ApplyAsked(deployment())))
+    cluster.settle()
+    assert replica_of(cluster).phase is ReplicaPhase.READY
 
 
 def test_losses_of_a_replica_that_served_cost_no_budget() -> None:

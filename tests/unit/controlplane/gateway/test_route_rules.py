@@ -119,6 +119,7 @@ class TestRouting:
             (RouteCode.TOO_LONG, Failure.TOO_LONG),
             (RouteCode.DEADLINE, Failure.DEADLINE),
             (RouteCode.POISON, Failure.POISON),
+            (RouteCode.DEPLOYMENT_FAILED, Failure.UNAVAILABLE),
         ],
     )
     def test_a_final_refusal_ends_the_request(self, code: RouteCode, failure: Failure):
