@@ -45,21 +45,22 @@ class Choice:
 def choose(losses: Sequence[Loss], spots: Sequence[Spot], count: int) -> Mapping[tuple[NodeId, str], Choice]:
     """A shard for up to `count` spots."""
     ledger = _Ledger(spots, min(count, len(spots)))
-    covered: Counter[Loss] = Counter()
+    times, waiting = 0, list[Loss]()
     while losses and ledger.left:
-        loss = min(losses, key=lambda loss: _urgency(loss, covered[loss], ledger))
-        covered[loss] += 1
-        ledger.cover(loss, covered[loss])
+        waiting = [loss for loss in waiting if ledger.missing(loss, times)]
+        if not waiting:
+            times, waiting = times + 1, list(losses)
+            continue
+        loss = min(waiting, key=lambda loss: _urgency(loss, ledger))
+        ledger.cover(loss, times)
+        waiting.remove(loss)
     return ledger.chosen
 
 
-_Urgency = tuple[int, bool, int, ReplicaId, NodeId]
-
-
-def _urgency(loss: Loss, times: int, ledger: _Ledger) -> _Urgency:
-    """Least covered first, then what can be covered whole, then what mostly is already."""
-    held = sum(any(spot.rank == rank for spot in ledger.away(loss)) for rank in loss.ranks)
-    return times, len(loss.ranks) > ledger.left, -held, loss.replica, loss.node
+def _urgency(loss: Loss, ledger: _Ledger) -> tuple[bool, int, ReplicaId, NodeId]:
+    """What can be covered whole first, then what mostly is already."""
+    held = sum(ledger.holds(rank, besides=loss.node) for rank in loss.ranks)
+    return len(loss.ranks) > ledger.left, -held, loss.replica, loss.node
 
 
 class _Ledger:
@@ -69,19 +70,27 @@ class _Ledger:
         self.left = left
         self.chosen: dict[tuple[NodeId, str], Choice] = {}
         self._spots = list(spots)
-        # Chosen spots by rank.
+        # Nodes of the chosen spots, and of those still to be had, by rank.
         self._copies: dict[int, list[NodeId]] = {}
+        self._holding: dict[int | None, Counter[NodeId]] = {}
+        for spot in spots:
+            self._holding.setdefault(spot.rank, Counter())[spot.node] += 1
 
-    def away(self, loss: Loss) -> list[Spot]:
-        """Spots that the loss leaves."""
-        return [spot for spot in self._spots if spot.node != loss.node]
+    def holds(self, rank: int, besides: NodeId) -> bool:
+        """A spot on another node holds the rank's shard."""
+        return any(count and node != besides for node, count in self._holding.get(rank, Counter[NodeId]()).items())
+
+    def missing(self, loss: Loss, times: int) -> list[int]:
+        """Ranks of the loss with fewer than `times` copies away from its node."""
+        return [rank for rank in loss.ranks if self._away(rank, loss) < times]
+
+    def _away(self, rank: int, loss: Loss) -> int:
+        return sum(node != loss.node for node in self._copies.get(rank, ()))
 
     def cover(self, loss: Loss, times: int) -> None:
-        """Have `times` copies of each of its ranks, away from its node if there is a spot."""
-        copies = {rank: [node for node in self._copies.get(rank, ()) if node != loss.node] for rank in loss.ranks}
-        missing = [rank for rank in loss.ranks if len(copies[rank]) < times]
-        held = {spot.rank for spot in self.away(loss)}
-        missing.sort(key=lambda rank: (len(copies[rank]), rank not in held, rank))
+        """Choose a spot for each rank that is missing, as far as there are any; off the loss's node where it can."""
+        missing = self.missing(loss, times)
+        missing.sort(key=lambda rank: (self._away(rank, loss), not self.holds(rank, besides=loss.node), rank))
         chosen = missing[: self.left]
         for rank in sorted(chosen):
             self._take(rank, loss, chosen)
@@ -100,6 +109,7 @@ class _Ledger:
 
         spot = min(self._spots, key=order)
         self._spots.remove(spot)
+        self._holding[spot.rank][spot.node] -= 1
         self.left -= 1
         self._copies.setdefault(rank, []).append(spot.node)
         self.chosen[spot.node, spot.device] = Choice(rank, _reason(rank, loss, near=spot.node == loss.node))

@@ -289,6 +289,8 @@ class Deployment:
     replicas: dict[int, Replica] = field(default_factory=dict[int, Replica])
     # It has the replicas it is to have, all of its spec; False: look again.
     settled: bool = False
+    # What its spares were chosen from.
+    covered: object = None
     queue: FairQueue = field(default_factory=FairQueue)
     removed: bool = False
 

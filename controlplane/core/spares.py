@@ -51,6 +51,10 @@ def _wanted(state: ClusterState, deployment: Deployment, free: Mapping[Place, Sh
         _spot(spec, place, held, current.get(place), state.nodes[place[0]].failed_preloads[place[1]])
         for place, held in free.items()
     ]
+    facts = (deployment.record.spares, tuple(losses), tuple(spots), tuple(current))
+    if facts == deployment.covered:
+        return current
+    deployment.covered = facts
     chosen = choose(losses, spots, deployment.record.spares)
     return {place: _spare(state, place, choice, spec, current.get(place)) for place, choice in chosen.items()}
 
