@@ -5,165 +5,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from itertools import count, islice
 
-from controlplane.core import slowness, spares, weights
+from controlplane.core import spares
 from controlplane.core.degrees import named
 from controlplane.core.devices import free_nodes, may_place
-from controlplane.core.elastic import ELASTIC, choices, is_shrunk, may_grow, same_model
+from controlplane.core.elastic import choices, is_shrunk, may_grow
 from controlplane.core.entities import Deployment, Replica
-from controlplane.core.groups import note_epoch, place
-from controlplane.core.messages import AdminAnswered, ApplyAsked, AskId, ScaleAsked, WriteDeployment, WriteDone
+from controlplane.core.groups import place
 from controlplane.core.placement import plan
-from controlplane.core.recovery import bury, pardon, retire, settle_drains, start_drain
-from controlplane.core.scheduler import drop_queue
+from controlplane.core.recovery import bury, retire, settle_drains, start_drain
 from controlplane.core.state import ClusterState
 from controlplane.core.stock import Wanted
-from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId
+from controlplane.runtime.ids import Epoch, ReplicaId
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
-from controlplane.runtime.messages.route import RouteCode
-from controlplane.runtime.records import DeploymentRecord, PlacementRecord
-
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
-NAME_LENGTH_MAX = 63
-
-SLOW_NODES = ("report", slowness.DRAIN)
-STRATEGIES = ("checkpoint_restart", ELASTIC)
-
-
-# ---------------------------------------------------------------- what is desired
-
-
-def apply(state: ClusterState, ask: AskId, asked: ApplyAsked) -> None:
-    """An operator's deployment: checked, then written to etcd, then taken."""
-    fault = fault_of(state, asked.record)
-    if state.frozen:
-        fault = Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the leader cannot reach etcd")
-    if fault is not None:
-        state.emit(AdminAnswered(ask, fault))
-        return
-    write = state.mint_write()
-    state.applying[write] = (ask, asked.record)
-    state.emit(WriteDeployment(write, asked.record))
-
-
-def scale(state: ClusterState, ask: AskId, asked: ScaleAsked) -> None:
-    """An operator's number of replicas, for a deployment as it is otherwise."""
-    known = state.deployments.get(asked.deployment)
-    if known is None or known.removed:
-        state.emit(AdminAnswered(ask, Reason(kind=ReasonKind.UNKNOWN_ID, text=f"no deployment {asked.deployment}")))
-        return
-    apply(state, ask, ApplyAsked(replace(known.record, replicas=asked.replicas)))
-
-
-def applied(state: ClusterState, done: WriteDone) -> None:
-    ask, record = state.applying.pop(done.write)
-    if not done.ok:
-        reason = done.reason or Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the deployment could not be written")
-        state.emit(AdminAnswered(ask, reason))
-        return
-    created = record.deployment not in state.deployments
-    change(state, record.deployment, record)
-    for replica in state.deployments[record.deployment].replicas.values():
-        pardon(state, replica)
-    state.emit(AdminAnswered(ask, None, created))
-
-
-def fault_of(state: ClusterState, record: DeploymentRecord) -> Reason | None:
-    """What is wrong with a deployment, naming the field; None if nothing is."""
-    degrees = record.spec.degrees
-    others = [deployment.record for deployment in state.deployments.values() if not deployment.removed]
-    rivals = [other for other in others if other.model == record.model and other.deployment != record.deployment]
-    faults = (
-        (not _is_name(record.deployment), f"deployment: {record.deployment!r} is no lower-case DNS label"),
-        (not record.model, "model: is empty"),
-        (not record.spec.model_path, "spec.model_path: is empty"),
-        (record.spec.deployment != record.deployment, "spec.deployment: differs from deployment"),
-        (record.replicas < 0, "replicas: is negative"),
-        (record.max_retries < 0, "max_retries: is negative"),
-        (not 0 <= record.spares <= spares.SPARES_MAX, f"spares: {record.spares} is not in 0..{spares.SPARES_MAX}"),
-        (min(degrees.tensor, degrees.pipeline, degrees.data, degrees.expert) < 1, "spec.degrees: must be at least 1"),
-        (
-            record.recovery_strategy not in STRATEGIES,
-            f"recovery_strategy: {record.recovery_strategy!r} is none of {', '.join(STRATEGIES)}",
-        ),
-        (
-            record.slow_nodes not in SLOW_NODES,
-            f"slow_nodes: {record.slow_nodes!r} is none of {', '.join(SLOW_NODES)}",
-        ),
-        (bool(rivals), f"model: {record.model!r} is served by another deployment"),
-    )
-    for wrong, text in faults:
-        if wrong:
-            return Reason(kind=ReasonKind.INVALID, text=text)
-    return None
-
-
-def _is_name(name: str) -> bool:
-    return len(name) <= NAME_LENGTH_MAX and _NAME.fullmatch(name) is not None
-
-
-def change(state: ClusterState, name: DeploymentId, record: DeploymentRecord | None) -> None:
-    """Desired state as etcd has it now; None: the deployment is gone."""
-    state.replan = True
-    known = state.deployments.get(name)
-    if record is None:
-        if known is not None and not known.removed:
-            _remove(state, known)
-    elif known is None:
-        state.deployments[name] = Deployment(record)
-        state.record("deployment_created", details={"deployment": name, "replicas": str(record.replicas)})
-    elif known.record != record or known.removed:
-        if not same_model(known.record.spec, record.spec):
-            weights.forget(state, name)
-        known.record, known.removed = record, False
-        known.settled = False
-        for replica in known.replicas.values():
-            state.row_changed(replica)
-        state.record("deployment_changed", details={"deployment": name, "replicas": str(record.replicas)})
-
-
-def _remove(state: ClusterState, deployment: Deployment) -> None:
-    deployment.removed, deployment.settled = True, False
-    name = deployment.record.deployment
-    reason = Reason(kind=ReasonKind.ADMIN, text=f"deployment {name} was removed")
-    drop_queue(state, deployment, RouteCode.UNKNOWN_DEPLOYMENT, reason)
-    state.record("deployment_removed", reason=reason, details={"deployment": name})
-
-
-def restore(state: ClusterState, record: PlacementRecord) -> None:
-    """A placement that a former leader wrote: its workers will tell whether it still runs."""
-    note_epoch(state, record.replica, record.epoch)
-    deployment = state.deployments.get(record.deployment)
-    index = _index_of(record)
-    if deployment is None or index is None or not record.members:
-        return
-    replica = Replica(
-        replica=record.replica,
-        deployment=record.deployment,
-        index=index,
-        phase=ReplicaPhase.HELD,
-        epoch=record.epoch,
-        stored=record.epoch,
-        members=record.members,
-        spec=record.spec or deployment.record.spec,
-        adopting=True,
-        reason=Reason(kind=ReasonKind.SESSION_SILENT, text="waits for its workers to report"),
-    )
-    deployment.replicas[index] = replica
-    deployment.settled = False
-    state.replicas[record.replica] = replica
-    state.row_changed(replica)
-
-
-def _index_of(record: PlacementRecord) -> int | None:
-    head, _, tail = record.replica.rpartition("-")
-    return int(tail) if head == record.deployment and tail.isdecimal() else None
-
-
-# ---------------------------------------------------------------- towards it
 
 
 def reconcile(state: ClusterState) -> None:

@@ -7,8 +7,7 @@ lease is UNREACHABLE: no new work, never a kill.
 
 from __future__ import annotations
 
-from collections import deque
-
+from controlplane.core import flapping
 from controlplane.core.entities import LeaderPhase, Link, Node, NodePhase, SnapshotChunks, is_session_live
 from controlplane.core.messages import ConnectionId, Probe, ProbeDone, RevokeDone, RevokeLease, StepDown
 from controlplane.core.recovery import close_on, fail, pardon_all
@@ -20,10 +19,6 @@ from controlplane.runtime.records import NodeRecord
 from controlplane.runtime.timing import ETCD_EXPIRY_LAG_S
 
 GONE = frozenset({NodePhase.LOST, NodePhase.LEFT})
-
-LOSSES_FORGIVEN = 1
-"""A daemon may be restarted without a reproach, and one that stayed for 10 F before it was lost does not flap."""
-
 
 # ---------------------------------------------------------------- sessions
 
@@ -104,37 +99,9 @@ def joined(state: ClusterState, node: Node, *, draining: bool) -> None:
         _relet(state, node)
     _serve_again(state, node)
     if not returned:
-        node.joined_at = state.now
-        node.shunned_s = _shun_s(state, node)
-    if node.shunned_s > 0:
-        _shun(state, node)
-    else:
+        flapping.came(state, node)
+    if node.shunned_s <= 0:
         pardon_all(state, fresh=not returned)
-
-
-def _shun_s(state: ClusterState, node: Node) -> float:
-    """How long a newcomer takes no ranks: it may join at once whenever it likes, but after the second loss of its name
-    it has to stay for F, 2 F, 4 F, … before anything is put there that its next death would end."""
-    losses = state.losses.get(node.node, deque[float]())
-    while losses and state.now - losses[0] > state.timings.regroup_window:
-        losses.popleft()
-    if len(losses) < LOSSES_FORGIVEN + 1:
-        return 0.0
-    return min(state.timings.node_return, state.timings.failure_timeout * 2 ** (len(losses) - LOSSES_FORGIVEN - 1))
-
-
-def _shun(state: ClusterState, node: Node) -> None:
-    text = f"lost {len(state.losses[node.node])} times soon after it came: it takes no ranks for {node.shunned_s:g} s"
-    node.reason = Reason(kind=ReasonKind.LEASE_EXPIRED, text=text, node=node.node)
-    state.record("node_shunned", node=node.node, reason=node.reason)
-
-
-def _trust(state: ClusterState, node: Node) -> None:
-    """It stayed for long enough."""
-    node.reason = None
-    state.record("node_trusted", node=node.node)
-    pardon_all(state, fresh=True)
-    state.replan = True
 
 
 def broken(state: ClusterState, node: Node) -> None:
@@ -276,8 +243,7 @@ def lose(state: ClusterState, node: Node, reason: Reason) -> None:
         return
     if node.link is not None:
         state.close_link(node.link, reason)
-    if node.worked and state.now - node.joined_at < state.timings.node_return:
-        state.losses.setdefault(node.node, deque()).append(state.now)
+    flapping.lost(state, node)
     node.phase, node.reason = NodePhase.LOST, reason
     node.known = node.leased = False
     node.drain = None
@@ -363,10 +329,7 @@ def _refused(node: Node) -> Reason:
 def tick(state: ClusterState, passed_s: float) -> None:
     """Count silence; give up sessions that stay silent; ask again for proof."""
     for node in list(state.nodes.values()):
-        if node.shunned_s > 0 and node.phase is NodePhase.LIVE:
-            node.shunned_s -= passed_s
-            if node.shunned_s <= 0:
-                _trust(state, node)
+        flapping.stayed(state, node, passed_s)
         if node.link is not None:
             _judge_silence(state, node, passed_s)
         if node.phase is NodePhase.UNREACHABLE:

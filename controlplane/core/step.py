@@ -10,6 +10,7 @@ from typing import assert_never
 
 from controlplane.core import (
     deployments,
+    desired,
     drains,
     elastic,
     gateways,
@@ -121,7 +122,7 @@ def _handle(state: ClusterState, event: Event) -> None:
         case NodeKeyChanged():
             membership.key_changed(state, event.node, event.record)
         case DeploymentChanged():
-            deployments.change(state, event.deployment, event.record)
+            desired.change(state, event.deployment, event.record)
         case PeersChanged():
             state.peers = event.peers
         case LeaseMuted():
@@ -168,12 +169,12 @@ def _store_loaded(state: ClusterState, event: StoreLoaded) -> None:
         membership.key_changed(state, name, record)
     for name in list(state.deployments):
         if name not in event.deployments:
-            deployments.change(state, name, None)
+            desired.change(state, name, None)
     for name, record in event.deployments.items():
-        deployments.change(state, name, record)
+        desired.change(state, name, record)
     for replica, placement in event.placements.items():
         if first:
-            deployments.restore(state, placement)
+            desired.restore(state, placement)
         groups.note_epoch(state, replica, placement.epoch)
     if not first:
         _write_again(state, event)
@@ -196,7 +197,7 @@ def _written(state: ClusterState, done: WriteDone) -> None:
     if done.write in state.placing:
         groups.written(state, done)
     elif done.write in state.applying:
-        deployments.applied(state, done)
+        desired.applied(state, done)
 
 
 def _note_trouble(state: ClusterState, done: WriteDone) -> None:
@@ -239,9 +240,9 @@ def _admin_asked(state: ClusterState, event: AdminAsked) -> None:
         case CancelAsked():
             gateways.cancel_asked(state, event.ask, event.body)
         case ScaleAsked():
-            deployments.scale(state, event.ask, event.body)
+            desired.scale(state, event.ask, event.body)
         case ApplyAsked():
-            deployments.apply(state, event.ask, event.body)
+            desired.apply(state, event.ask, event.body)
         case _:
             assert_never(event.body)
 
