@@ -28,9 +28,8 @@ from transformers.core_model_loading import (
 )
 
 from controlplane.runtime.errors import invalid
-from dataplane.models.pieces import Piece, Shape
+from dataplane.models.pieces import Box, Piece, Shape, overlap
 from dataplane.models.tensor_file import StoredTensor, TensorReader, list_tensors
-from dataplane.parallel.split import Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +37,8 @@ class Region:
     """`whole[to] = stored[at]`; `to` may have one leading dimension of length 1 more than `at` (a merged list)."""
 
     stored: StoredTensor
-    at: tuple[Range, ...]
-    to: tuple[Range, ...]
+    at: Box
+    to: Box
 
 
 class Checkpoint:
@@ -48,12 +47,14 @@ class Checkpoint:
     def __init__(self, regions: dict[str, tuple[Region, ...]], extra: tuple[str, ...]) -> None:
         self.regions = regions
         self.extra = extra
+        # Regions of merged lists by their place in it: of hundreds of experts a piece wants one or a few.
+        self._merged = {name: _by_place(parts) for name, parts in regions.items() if _is_merged(parts)}
 
     def read(self, piece: Piece, reader: TensorReader, local: torch.Tensor) -> None:
         """Copy what `piece` covers into `local`. Raises Rejected where a part of it is not on disk."""
-        for region in self.regions[piece.source]:
-            common = [_overlap(a, b) for a, b in zip(piece.at, region.to, strict=True)]
-            if any(start >= stop for start, stop in common):
+        for region in self._candidates(piece):
+            common = overlap(piece.at, region.to)
+            if common is None:
                 continue
             target = local
             for dim, ((start, stop), at, to) in enumerate(zip(common, piece.at, piece.to, strict=True)):
@@ -66,6 +67,12 @@ class Checkpoint:
                 for (start, stop), to, at in zip(common[lead:], region.to[lead:], region.at, strict=True)
             ]
             reader.read(region.stored, ranges, target)
+
+    def _candidates(self, piece: Piece) -> Iterable[Region]:
+        places = self._merged.get(piece.source)
+        if places is None:
+            return self.regions[piece.source]
+        return [region for place in range(*piece.at[0]) for region in places[place]]
 
 
 def open_checkpoint(folder: Path, model: PreTrainedModel, shapes: dict[str, Shape]) -> Checkpoint:
@@ -178,12 +185,19 @@ _GEOMETRY: dict[tuple[type, ...], _Make] = {
 }
 
 
-def _full(shape: Iterable[int]) -> tuple[Range, ...]:
+def _is_merged(regions: tuple[Region, ...]) -> bool:
+    return any(len(region.to) > len(region.at) for region in regions)
+
+
+def _by_place(regions: tuple[Region, ...]) -> dict[int, list[Region]]:
+    places: dict[int, list[Region]] = defaultdict(list)
+    for region in regions:
+        places[region.to[0][0]].append(region)
+    return places
+
+
+def _full(shape: Iterable[int]) -> Box:
     return tuple((0, size) for size in shape)
-
-
-def _overlap(a: Range, b: Range) -> Range:
-    return max(a[0], b[0]), min(a[1], b[1])
 
 
 def _check(name: str, regions: list[Region], shape: Shape) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,21 @@ from dataplane.models.checkpoint import open_checkpoint
 from dataplane.models.demo import resolve_model
 from dataplane.models.dry_run import DRY_ATTENTION, AttentionLayer, dry_run
 from dataplane.models.fitted import Fitted
+from dataplane.models.loading import Loading
 from dataplane.models.rotary import Rotary
+from dataplane.models.shelf import Shelf
 from dataplane.models.structure import attention_modules, decoder_of, refused, set_implementation
 from dataplane.models.surgery import fit
 from dataplane.models.tensor_file import TensorReader
-from dataplane.models.weights import Report, check_complete, dummy_source, file_source, fill, materialise
+from dataplane.models.weights import (
+    Report,
+    Source,
+    check_complete,
+    dummy_source,
+    file_source,
+    materialise,
+    tie,
+)
 from dataplane.parallel import expert, tensor
 from dataplane.parallel.expert import EXPERTS_IMPLEMENTATION
 from dataplane.parallel.mesh import Mesh
@@ -62,6 +72,8 @@ class FittedModel:
     extra_tensors: tuple[str, ...]
     # Whether `forward` needs `rope_lengths_T`.
     needs_rope_lengths: bool
+    # What others may copy.
+    shelf: Shelf
     mesh: Mesh
     _rotaries: tuple[Rotary, ...]
 
@@ -107,39 +119,77 @@ def _one(hidden_TH: Tensor | None) -> Tensor:
     return hidden_TH[None]
 
 
+class ModelLoad:
+    """A model that is built, cut and placed, and whose values are to come."""
+
+    def __init__(self, model: FittedModel, fitted: Fitted, loading: Loading) -> None:
+        self._model = model
+        self._fitted = fitted
+        self._loading = loading
+
+    @property
+    def weights(self) -> str:
+        """What it will be: its fingerprint."""
+        return self._model.weights
+
+    @property
+    def bytes_from(self) -> dict[str, int]:
+        """Bytes by where they came from: "files", or a peer's address."""
+        return self._loading.bytes_from
+
+    def run(self, report: Report, sources: Sequence[str] = ()) -> FittedModel:
+        """Fill it; see Loading.run."""
+        self._loading.run(report, sources)
+        tie(self._fitted)
+        return self._model
+
+
 def load_model(
-    spec: ReplicaSpec, mesh: Mesh, device: torch.device, report: Report, attention: str = ATTENTION
+    spec: ReplicaSpec,
+    mesh: Mesh,
+    device: torch.device,
+    report: Report,
+    attention: str = ATTENTION,
+    sources: Sequence[str] = (),
 ) -> FittedModel:
-    """Build, cut, place and fill the model of `spec` for this rank of `mesh`.
+    """Build, cut, place and fill the model of `spec` for this rank of `mesh`; see begin_load and Loading.run."""
+    load = begin_load(spec, mesh, device, _within(report, 0.0, 0.2), attention)
+    return load.run(_within(report, 0.2, 1.0), sources)
+
+
+def begin_load(
+    spec: ReplicaSpec, mesh: Mesh, device: torch.device, report: Report, attention: str = ATTENTION
+) -> ModelLoad:
+    """Build, cut and place the model of `spec` for this rank of `mesh`, whose groups are not made use of.
 
     `attention` names a function in transformers' ALL_ATTENTION_FUNCTIONS, `report` gets (stage, fraction). Raises
     Rejected for models that cannot be served, with the reason.
     """
     report("config", 0.0)
-    folder = resolve_model(spec.model_path, _within(report, 0.0, 0.1))
+    folder = resolve_model(spec.model_path, _within(report, 0.0, 0.5))
     config = read_config(folder, spec.trust_remote_code)
     dtype = choose_dtype(spec.dtype, config)
-    report("build", 0.1)
+    report("build", 0.5)
     whole = build_on_meta(config, dtype, spec.trust_remote_code)
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
-    dummy = spec.load_format == "dummy"
-    checkpoint = None if dummy else open_checkpoint(folder, whole, shapes)
+    checkpoint = None if spec.load_format == "dummy" else open_checkpoint(folder, whole, shapes)
     fitted = fit(whole, mesh)
-    layers = _dry_run(fitted, mesh, lambda: report("fit", 0.15))
+    layers = _dry_run(fitted, mesh, lambda: report("fit", 0.75))
     aliases = _aliases(whole)
     if checkpoint is not None:
         check_complete(fitted, checkpoint, aliases)
     materialise(fitted, dtype, device)
     set_implementation(whole, attention, EXPERTS_IMPLEMENTATION)
-    with torch.no_grad(), TensorReader() as reader:
+
+    def source(reader: TensorReader) -> Source:
         if checkpoint is None:
-            source = dummy_source(shapes, float(getattr(config, "initializer_range", 0.02)))
-        else:
-            source = file_source(checkpoint, reader, aliases)
-        fill(fitted, source, _within(report, 0.2, 1.0))
+            return dummy_source(shapes, float(getattr(config, "initializer_range", 0.02)))
+        return file_source(checkpoint, reader, aliases)
+
+    loading = Loading(fitted, source, content(spec), aliases, device, cut=checkpoint is not None)
     limit = int(config.max_position_embeddings)
     vocabulary = cut_padded(int(config.vocab_size), mesh.tensor.size, mesh.tensor.index)
-    return FittedModel(
+    model = FittedModel(
         module=whole.eval(),
         config=config,
         dtype=dtype,
@@ -152,9 +202,11 @@ def load_model(
         weights=fingerprint(spec, mesh),
         extra_tensors=checkpoint.extra if checkpoint else (),
         needs_rope_lengths=any(rotary.by_length for rotary in fitted.rotaries),
+        shelf=Shelf(content(spec), fitted),
         mesh=mesh,
         _rotaries=tuple(fitted.rotaries),
     )
+    return ModelLoad(model, fitted, loading)
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -243,11 +295,25 @@ def read_eos_ids(folder: Path, config: Any) -> frozenset[int]:
 
 def fingerprint(spec: ReplicaSpec, mesh: Mesh) -> str:
     """Identifies what a rank holds after loading, without reading weights: equal means nothing to load."""
+    return _digest([content(spec), str(_place(mesh))])
+
+
+def content(spec: ReplicaSpec) -> str:
+    """Identifies what weights are made of, whatever part of them a rank holds: equal means the same values."""
+    facts = [str(Path(spec.model_path).resolve()), spec.dtype, spec.load_format]
+    files = model_files(spec)
+    return _digest(facts + [f"{item.name} {item.stat().st_size} {item.stat().st_mtime_ns}" for item in files])
+
+
+def model_files(spec: ReplicaSpec) -> list[Path]:
+    """The files that a model's path names; none for a name that is no path."""
     path = Path(spec.model_path).resolve()
-    files = sorted(item for item in path.glob("*") if item.suffix in {".json", ".safetensors"})
-    files = [path] if path.is_file() else files
-    facts = [str(path), spec.dtype, spec.load_format, str(_place(mesh))]
-    facts += [f"{item.name} {item.stat().st_size} {item.stat().st_mtime_ns}" for item in files]
+    if path.is_file():
+        return [path]
+    return sorted(item for item in path.glob("*") if item.suffix in {".json", ".safetensors"})
+
+
+def _digest(facts: list[str]) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
 
 

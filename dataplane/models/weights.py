@@ -75,39 +75,19 @@ def _compute_buffers(model: PreTrainedModel) -> None:
                 raise refused(model, f"nothing computes the buffer {module_name}.{name}")
 
 
-def fill(fitted: Fitted, source: Source, report: Report) -> None:
-    """Read every tensor of the state dict, piece by piece, then tie what is tied. Raises Rejected."""
-    tensors = [(name, tensor) for name, tensor in _state(fitted.model) if name not in fitted.tied]
-    total = sum(tensor.numel() for _, tensor in tensors) or 1
-    done = 0
-    for name, tensor in tensors:
-        pieces = _pieces(fitted, name, tensor)
-        covered = sum(_values(piece) for piece in pieces)
-        if covered < tensor.numel():
-            tensor.zero_()
-        for piece in pieces:
-            source(piece, tensor.data)
-        done += tensor.numel()
-        report("weights", done / total)
-    _tie(fitted)
-
-
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.state_dict(keep_vars=True).items()
+def tensors_of(fitted: Fitted) -> Iterator[tuple[Tensor, tuple[Piece, ...]]]:
+    """Every tensor of the state dict that has values of its own, and what it consists of."""
+    for name, tensor in fitted.model.state_dict(keep_vars=True).items():
+        if name not in fitted.tied:
+            yield tensor, _pieces(fitted, name, tensor)
 
 
 def _pieces(fitted: Fitted, name: str, tensor: Tensor) -> tuple[Piece, ...]:
     return fitted.layout[name] if name in fitted.layout else whole(name, tensor.shape)
 
 
-def _values(piece: Piece) -> int:
-    count = 1
-    for start, stop in piece.at:
-        count *= stop - start
-    return count
-
-
-def _tie(fitted: Fitted) -> None:
+def tie(fitted: Fitted) -> None:
+    """Let tied names share one tensor again, once it is filled."""
     for name, target in fitted.tied.items():
         parent, _, attribute = name.rpartition(".")
         owner, _, shared = target.rpartition(".")
@@ -127,12 +107,7 @@ def file_source(checkpoint: Checkpoint, reader: TensorReader, aliases: dict[str,
 
 def missing_tensors(fitted: Fitted, checkpoint: Checkpoint, aliases: dict[str, str]) -> list[str]:
     """Whole tensors that this rank needs and no file holds."""
-    wanted = {
-        piece.source
-        for name, tensor in _state(fitted.model)
-        if name not in fitted.tied
-        for piece in _pieces(fitted, name, tensor)
-    }
+    wanted = {piece.source for _, pieces in tensors_of(fitted) for piece in pieces}
     return sorted(
         name for name in wanted if name not in checkpoint.regions and aliases.get(name) not in checkpoint.regions
     )

@@ -6,6 +6,7 @@ Norms, biases and routers are random too, so that a tensor that is read wrongly,
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,14 @@ def _tokenizer() -> str:
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     return tokenizer.to_str()
+
+
+def blank_weights(folder: Path) -> None:
+    """Other values in a model's file that looks the same from outside: who reads it again gives other tokens."""
+    path = folder / "model.safetensors"
+    status = path.stat()
+    with path.open("r+b") as file:
+        head = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(head)
+        file.write(bytes(status.st_size - head))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

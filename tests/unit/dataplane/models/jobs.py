@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from controlplane.runtime.ids import DeploymentId
 from controlplane.runtime.messages.common import ReplicaSpec
 from dataplane.models.fit import FittedModel, load_model
+from dataplane.models.shelf import ShelfServer
 from dataplane.models.tensor_file import StoredTensor, TensorReader, list_tensors
 from dataplane.parallel.mesh import Mesh
 from dataplane.parallel.pipeline import StageLink
@@ -23,10 +24,10 @@ from tests.support.ranks import Ranks
 CPU = torch.device("cpu")
 
 
-def load_on(mesh: Mesh, path: str, **fields: Any) -> FittedModel:
+def load_on(mesh: Mesh, path: str, sources: tuple[str, ...] = (), **fields: Any) -> FittedModel:
     register()
     spec = ReplicaSpec(deployment=DeploymentId("test"), model_path=path, **fields)
-    return load_model(spec, mesh, CPU, lambda stage, fraction: None, attention=REFERENCE)
+    return load_model(spec, mesh, CPU, lambda stage, fraction: None, attention=REFERENCE, sources=sources)
 
 
 def logits(model: FittedModel, prompts: list[list[int]], lengths_T: Tensor | None = None) -> Tensor | None:
@@ -86,14 +87,19 @@ def read_from(ranks: Ranks, path: str, degrees: dict[str, int]) -> list[str]:
     return sorted(seen)
 
 
-def peak_bytes(ranks: Ranks, path: str, degrees: dict[str, int]) -> int:
-    """How far resident memory rose while the model was loaded."""
+def peak_bytes(ranks: Ranks, path: str, degrees: dict[str, int]) -> list[int]:
+    """How far resident memory rose while the model was loaded: from files, then from a rank that holds it as well."""
     mesh = ranks.mesh(**degrees)
     # A first load brings in code and buffers; its weights go again.
     load_on(mesh, path)
     with rise_of_memory() as risen:
-        load_on(mesh, path)
-    return risen()
+        held = load_on(mesh, path)
+    from_files = risen()
+    with closing(ShelfServer("127.0.0.1", CPU)) as server:
+        server.show(held.shelf)
+        with rise_of_memory() as risen:
+            load_on(mesh, path, sources=(server.address,))
+        return [from_files, risen()]
 
 
 @contextmanager
