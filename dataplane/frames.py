@@ -15,6 +15,7 @@ import msgspec
 from controlplane.runtime.ids import Epoch, ReplicaId
 from controlplane.runtime.messages.common import Capacity, Member, Reason, ReplicaSpec, Sampling
 from controlplane.runtime.messages.serve import FinishReason
+from controlplane.runtime.messages.session import HeldWeights, WeightSource
 
 SequenceId = NewType("SequenceId", int)
 
@@ -56,6 +57,19 @@ class Load(Frame, frozen=True, tag=True):
     """Load weights, size the KV cache, warm up. Answered by `LoadProgress`s, then `Loaded`."""
 
     epoch: Epoch
+    # Ranks that hold weights of the same model.
+    sources: tuple[WeightSource, ...] = ()
+
+
+class Preload(Frame, frozen=True, tag=True):
+    """Load the shard of rank `rank` of a replica of `spec` ahead of need; for a rank that no epoch has. Answered by
+    `Holds`. Any frame that follows interrupts it, unanswered; an epoch of the same shard goes on from there."""
+
+    rank: int
+    spec: ReplicaSpec
+    # Where other ranks reach this one.
+    host: str
+    sources: tuple[WeightSource, ...] = ()
 
 
 class Submission(msgspec.Struct, frozen=True, array_like=True):
@@ -93,7 +107,7 @@ class Exit(Frame, frozen=True, tag=True):
     """Leave at once, in order."""
 
 
-DaemonFrame = Prepare | Form | Load | Submit | Cancel | Abort | Exit
+DaemonFrame = Prepare | Form | Load | Preload | Submit | Cancel | Abort | Exit
 
 
 # ---------------------------------------------------------------- rank → daemon
@@ -129,6 +143,13 @@ class Loaded(Frame, frozen=True, tag=True):
     epoch: Epoch
     capacity: Capacity
     weights: str
+
+
+class Holds(Frame, frozen=True, tag=True):
+    """What the rank holds has changed (None: nothing is left), or a preload failed (then with its reason)."""
+
+    held: HeldWeights | None
+    reason: Reason | None = None
 
 
 class StepBegun(Frame, frozen=True, tag=True):
@@ -235,6 +256,7 @@ RankFrame = (
     | Formed
     | LoadProgress
     | Loaded
+    | Holds
     | StepBegun
     | StepDone
     | LoadReport

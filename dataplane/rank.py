@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -19,9 +20,12 @@ import torch
 from controlplane.runtime.errors import PerdureError
 from controlplane.runtime.ids import DeploymentId, Epoch
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
+from controlplane.runtime.messages.session import HeldWeights, WeightSource
 from controlplane.runtime.telemetry import configure_logging
 from dataplane.engine.engine import Engine
 from dataplane.engine.follower import Follower
+from dataplane.engine.holding import Held, Holding, Interrupted
+from dataplane.engine.linear import pack
 from dataplane.engine.link import DaemonGone, DaemonLink
 from dataplane.engine.setup import meet
 from dataplane.engine.watch import AbortWatch
@@ -36,17 +40,18 @@ from dataplane.frames import (
     Formed,
     GroupCosts,
     Hello,
+    Holds,
     Load,
     Loaded,
     LoadProgress,
+    Preload,
     Prepare,
     Prepared,
     Submit,
 )
-from dataplane.models.fit import FittedModel, fingerprint, load_model
 from dataplane.parallel.collectives import all_gather_data
 from dataplane.parallel.costs import CostLedger
-from dataplane.parallel.mesh import Formation, Mesh, Rendezvous, form_mesh
+from dataplane.parallel.mesh import Formation, Mesh, Rendezvous, form_mesh, plan_mesh
 from dataplane.progress import ProgressPage
 
 REPORT_INTERVAL_S = 0.02
@@ -61,15 +66,6 @@ READ_SHARE = 0.8
 _log = structlog.get_logger()
 
 
-@dataclass(slots=True)
-class Held:
-    """Weights on the device, and what runs them while its spec lasts."""
-
-    model: FittedModel
-    spec: ReplicaSpec
-    engine: Engine | Follower | None = None
-
-
 class Rank:
     """One device's engine and its conversation with the daemon."""
 
@@ -82,7 +78,9 @@ class Rank:
         self._prepared: Prepare | None = None
         self._rendezvous: Rendezvous | None = None
         self._mesh: Mesh | None = None
-        self._held: Held | None = None
+        self._holding = Holding(device, self._tell_held)
+        # Frames that have come and were not obeyed yet.
+        self._inbox: deque[DaemonFrame] = deque()
         self._serving: Engine | Follower | None = None
         self._watch: AbortWatch | None = None
         self._costs: CostLedger | None = None
@@ -93,7 +91,9 @@ class Rank:
         """Until Exit. Raises DaemonGone."""
         self._link.send(Hello(os.getpid(), self._name))
         while True:
-            for frame in self._link.receive(self._patience()):
+            self._inbox += self._link.receive(self._patience())
+            while self._inbox:
+                frame = self._inbox.popleft()
                 if isinstance(frame, Exit):
                     return
                 self._obey(frame)
@@ -146,7 +146,9 @@ class Rank:
             case Form():
                 self._in_epoch(frame.epoch, "form", lambda: self._form(frame))
             case Load():
-                self._in_epoch(frame.epoch, "load", self._load)
+                self._in_epoch(frame.epoch, "load", lambda: self._load(frame))
+            case Preload():
+                self._preload(frame)
             case Submit():
                 if isinstance(self._serving, Engine):
                     self._serving.submit(frame.sequences)
@@ -188,7 +190,7 @@ class Rank:
         if len(prepared.members) > 1 and prepared.rank == 0:
             self._rendezvous = Rendezvous.listen(prepared.members[0].host)
             address = self._rendezvous.address
-        self._link.send(Prepared(prepared.epoch, address, self._held.model.weights if self._held else ""))
+        self._link.send(Prepared(prepared.epoch, address, self._holding.fingerprint))
 
     def _form(self, form: Form) -> None:
         prepared = self._expect_prepared()
@@ -204,27 +206,21 @@ class Rank:
             self._costs = CostLedger(self._mesh)
         self._link.send(Formed(prepared.epoch))
 
-    def _load(self) -> None:
+    def _load(self, load: Load) -> None:
         prepared, mesh = self._expect_prepared(), self._mesh
         assert mesh is not None, "Load comes after Form"
-        held = self._hold(prepared.spec, mesh)
+        held = self._holding.hold(
+            prepared.spec,
+            mesh,
+            _addresses(load.sources),
+            lambda stage, share: self._progress(stage, READ_SHARE * share),
+        )
         engine = self._engine(held, prepared)
         engine.reset(prepared.epoch)
         self._serving = engine
         self._report_stale = True
+        self._holding.show(prepared.spec, prepared.members[prepared.rank].host)
         self._link.send(Loaded(prepared.epoch, engine.capacity, held.model.weights))
-
-    def _hold(self, spec: ReplicaSpec, mesh: Mesh) -> Held:
-        """The weights for `spec`: those that are here, if they fit."""
-        held = self._held
-        if held is not None and held.model.weights == fingerprint(spec, mesh):
-            held.model = held.model.attach(mesh)
-            return held
-        # The old ones go first: two models do not fit on one device.
-        self._held = held = None
-        model = load_model(spec, mesh, self._device, lambda stage, share: self._progress(stage, READ_SHARE * share))
-        self._held = Held(model, spec)
-        return self._held
 
     def _engine(self, held: Held, prepared: Prepare) -> Engine | Follower:
         """What runs the weights. A new one where any rank of the mesh needs one: they are set up together."""
@@ -236,6 +232,7 @@ class Rank:
             engine.attach(held.model)
             return engine
         held.engine = engine = None
+        self._holding.hide()
 
         def report(stage: str, share: float) -> None:
             self._progress(stage, READ_SHARE + (1 - READ_SHARE) * share)
@@ -251,6 +248,44 @@ class Rank:
     def _progress(self, stage: str, fraction: float) -> None:
         self._page.advance()
         self._link.send(LoadProgress(self._expect_prepared().epoch, stage, fraction))
+
+    # ------------------------------------------------------------ ahead of need
+
+    def _preload(self, frame: Preload) -> None:
+        """Supervision as in an epoch: a failure is told, and the rank is idle again."""
+        assert self._prepared is None, "weights are loaded ahead of need by a rank that is free"
+        try:
+            self._hold_ahead(frame)
+        except DaemonGone:
+            raise
+        except Interrupted:
+            _log.info("preload_interrupted", rank=frame.rank)
+        except Exception as error:  # noqa: BLE001 - the process must outlive any failure
+            self._link.send(Holds(None, _reason(error, "preload")))
+            _log.exception("preload_failed", rank=frame.rank)
+
+    def _hold_ahead(self, frame: Preload) -> None:
+        """All that needs no peers: read the weights, and pack them on a CPU."""
+        spec = frame.spec
+        # Others compute on this host.
+        torch.set_num_threads(spec.cpu_threads or 1)
+        mesh = plan_mesh(replace(spec.degrees, data=1), frame.rank)
+        held = self._holding.hold(spec, mesh, _addresses(frame.sources), lambda *_: self._look_up())
+        if self._device.type == "cpu":
+            pack(held.model.module, lambda _: self._look_up())
+        self._holding.show(spec, frame.host)
+        self._holding.warm(spec)
+
+    def _look_up(self) -> None:
+        """Tell the daemon that this rank moves, and hear whether it wants something else. Raises Interrupted."""
+        self._page.advance()
+        if self._inbox or self._link.has_news():
+            raise Interrupted
+
+    def _tell_held(self, held: HeldWeights | None) -> None:
+        self._link.send(Holds(held))
+
+    # ------------------------------------------------------------ an epoch's end
 
     def _leave(self) -> None:
         """End the epoch: its sequences and its group go, process and weights stay."""
@@ -313,10 +348,15 @@ def _shape(spec: ReplicaSpec) -> ReplicaSpec:
     return replace(spec, deployment=DeploymentId(""))
 
 
+def _addresses(sources: tuple[WeightSource, ...]) -> tuple[str, ...]:
+    return tuple(source.address for source in sources)
+
+
 _FAILURES = {
     "prepare": ReasonKind.GROUP_FAILED,
     "form": ReasonKind.GROUP_FAILED,
     "load": ReasonKind.LOAD_FAILED,
+    "preload": ReasonKind.LOAD_FAILED,
     "step": ReasonKind.ENGINE_FAULT,
 }
 

@@ -63,7 +63,7 @@ def load(turn: Turn, message: LoadReplica) -> None:
     """Let the ranks load their weights."""
     replica = _stage(turn, message, ReplicaPhase.LOADING)
     if replica is not None:
-        frame = frames.Load(epoch=message.epoch)
+        frame = frames.Load(epoch=message.epoch, sources=message.sources)
         _begin(turn, replica, ReplicaPhase.LOADING, message.deadline_ms, frame, RankPhase.LOADING)
 
 
@@ -96,7 +96,7 @@ def advance(turn: Turn, rank: Rank) -> None:
         return
     frame = replica.prepare.pop(rank.device, None)
     if frame is not None:
-        rank.phase = RankPhase.FORMING
+        rank.phase, rank.preload = RankPhase.FORMING, None
         tell_rank(turn, rank)
         # The page may still hold the last epoch of another replica.
         turn.emit(MarkEpochsOver(rank.device, Epoch(frame.epoch - 1)))

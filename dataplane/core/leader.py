@@ -15,6 +15,7 @@ from controlplane.runtime.messages.session import (
     FormGroup,
     Heartbeat,
     LoadReplica,
+    PreloadWeights,
     PrepareGroup,
     QueueClass,
     RankInfo,
@@ -30,7 +31,7 @@ from controlplane.runtime.messages.session import (
     WorkerSnapshot,
     WorkerWelcome,
 )
-from dataplane.core import drain, groups
+from dataplane.core import drain, groups, weights
 from dataplane.core.endings import ranks_of
 from dataplane.core.gateways import tell_leader
 from dataplane.core.messages import (
@@ -100,6 +101,8 @@ def _obey(turn: Turn, body: object) -> None:
             groups.form(turn, body)
         case LoadReplica():
             groups.load(turn, body)
+        case PreloadWeights():
+            weights.preload(turn, body)
         case AbortGroup():
             groups.abort(turn, body)
         case ReleaseReplica():
@@ -189,6 +192,7 @@ def _snapshot(turn: Turn) -> Iterator[WorkerSnapshot]:
             epoch=rank.epoch,
             rank=rank.rank,
             weights=rank.weights,
+            held=rank.held,
         )
         for rank in state.ranks.values()
     )

@@ -26,6 +26,7 @@ from dataplane.core.messages import RankExited, RankForked, RankSaid, Recorded, 
 from dataplane.core.state import Rank, Replica, Turn
 from dataplane.core.steps import RankFault, load_report, step_begun, step_done
 from dataplane.core.terms import rank_state, tell, tell_rank
+from dataplane.core.weights import holds
 
 _SERVING = {
     ReplicaPhase.PREPARING: RankPhase.FORMING,
@@ -40,7 +41,7 @@ _SERVING = {
 def on_forked(turn: Turn, event: RankForked) -> None:
     rank = turn.state.ranks[event.device]
     rank.pid, rank.phase = event.pid, RankPhase.STARTING
-    rank.weights, rank.killed, rank.leaving, rank.let_go_by, rank.aborting = "", None, False, None, None
+    rank.killed, rank.leaving, rank.let_go_by, rank.aborting = None, False, None, None
 
 
 def on_exited(turn: Turn, event: RankExited) -> None:
@@ -89,7 +90,8 @@ def _exit_state(
 
 
 def _clear(rank: Rank, reason: Reason) -> None:
-    rank.pid, rank.phase, rank.weights, rank.sample = 0, RankPhase.EXITED, "", None
+    rank.pid, rank.phase, rank.sample = 0, RankPhase.EXITED, None
+    rank.weights, rank.held, rank.preload = "", None, None
     rank.aborting, rank.leaving, rank.let_go_by, rank.killed = None, False, None, None
     rank.fault = reason
 
@@ -139,6 +141,9 @@ def on_said(turn: Turn, event: RankSaid) -> None:
 def _obey(turn: Turn, rank: Rank, frame: frames.RankFrame) -> None:
     if isinstance(frame, frames.Hello):
         _came_up(turn, rank)
+        return
+    if isinstance(frame, frames.Holds):
+        holds(turn, rank, frame)
         return
     if isinstance(frame, frames.Aborted):
         _aborted(turn, rank, frame)

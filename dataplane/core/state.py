@@ -30,7 +30,7 @@ from controlplane.runtime.messages.common import (
     Sampling,
 )
 from controlplane.runtime.messages.serve import FinishReason
-from controlplane.runtime.messages.session import GroupPhase, SequencePhase, WorkerHello
+from controlplane.runtime.messages.session import GroupPhase, HeldWeights, SequencePhase, WorkerHello
 from controlplane.runtime.timing import Timings
 from dataplane import frames
 from dataplane.core.messages import DeviceId, Effect, LinkId, RankSample, StreamId
@@ -98,6 +98,16 @@ class Leader:
 
 
 @dataclass(slots=True)
+class Preload:
+    """Weights that a free rank is loading."""
+
+    frame: frames.Preload
+    # Its progress counter, and when that last changed.
+    progress: int
+    moved: float
+
+
+@dataclass(slots=True)
 class Rank:
     """One device and the process bound to it."""
 
@@ -110,6 +120,10 @@ class Rank:
     epoch: Epoch = Epoch(0)
     rank: int = 0
     weights: str = ""
+    # What its process holds of a model.
+    held: HeldWeights | None = None
+    # What it loads ahead of need, and when it last moved.
+    preload: Preload | None = None
     # The epoch whose Abort it has not answered.
     aborting: tuple[ReplicaId, Epoch] | None = None
     # Told to exit.
@@ -328,6 +342,7 @@ class WorkerState:
             assert (rank.pid == 0) == (rank.phase is RankPhase.EXITED), f"{device}: pid {rank.pid} in {rank.phase}"
             if rank.bound:
                 assert self.replicas[rank.replica].epoch == rank.epoch
+            assert rank.preload is None or (rank.phase is RankPhase.IDLE and not rank.bound), f"{device} loads ahead"
             assert (rank.let_go_by is not None) <= (rank.aborting is not None or rank.leaving)
         for name, replica in self.replicas.items():
             assert self.epochs[name] >= replica.epoch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.session import GroupPhase
 from controlplane.runtime.timing import Timings
-from dataplane.core import drain, endings, gateways, groups, leader, ranks
+from dataplane.core import drain, endings, gateways, groups, leader, ranks, weights
 from dataplane.core.endings import OPEN, answer, close
 from dataplane.core.messages import (
     Effect,
@@ -97,6 +97,7 @@ def _tick(turn: Turn, event: Tick) -> None:
         state.ranks[device].sample = sample
     leader.lapse(turn)
     groups.fail_late_stages(turn)
+    weights.kill_stuck(turn)
     endings.kill_holders(turn)
     ranks.spawn_due(turn)
     gateways.expire(turn)
@@ -118,6 +119,8 @@ def _notice_pause(turn: Turn) -> None:
         replica.deadline = replica.deadline and replica.deadline + paused
     for rank in state.ranks.values():
         rank.let_go_by = rank.let_go_by and rank.let_go_by + paused
+        if rank.preload is not None:
+            rank.preload.moved += paused
 
 
 def _lease_gone(turn: Turn) -> None:

@@ -45,6 +45,10 @@ class DaemonLink:
                 break
         return frames
 
+    def has_news(self) -> bool:
+        """Whether `receive` would not wait."""
+        return bool(self._selector.select(0))
+
     def close(self) -> None:
         self._selector.close()
         self._socket.close()

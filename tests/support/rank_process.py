@@ -18,6 +18,7 @@ from pathlib import Path
 from controlplane.runtime.ids import Epoch
 from controlplane.runtime.messages.common import Capacity, Reason, ReasonKind
 from controlplane.runtime.messages.serve import FinishReason
+from controlplane.runtime.messages.session import HeldWeights
 from controlplane.runtime.packing import pack_u32, unpack_u32
 from dataplane import frames
 from dataplane.progress import ProgressPage
@@ -101,6 +102,12 @@ class _Rank:
                 self._weights = "tiny"
                 self._send(frames.LoadProgress(frame.epoch, "weights", 0.5))
                 self._send(frames.Loaded(frame.epoch, CAPACITY, self._weights))
+            case frames.Preload():
+                held = HeldWeights(
+                    deployment=frame.spec.deployment, degrees=frame.spec.degrees, rank=frame.rank, fingerprint="tiny"
+                )
+                self._weights = held.fingerprint
+                self._send(frames.Holds(held))
             case frames.Submit():
                 for submission in frame.sequences:
                     tokens = unpack_u32(submission.delivered)

@@ -1,6 +1,6 @@
 """A worker daemon as a real process, and both its peers played from a test over real gRPC and a real etcd.
 
-`python -m tests.support.worker ETCD CLUSTER NODE PORT DEVICES FOLDER` runs the daemon with ranks of
+`python -m tests.support.worker ETCD CLUSTER NODE PORT DEVICES FOLDER ENTRY` runs the daemon, mostly with ranks of
 tests.support.rank_process, which start without torch.
 """
 
@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +59,7 @@ from controlplane.runtime.messages.session import (
     PrepareGroup,
     RankInfo,
     RankState,
+    WeightSource,
     WorkerHello,
     WorkerSnapshot,
     WorkerWelcome,
@@ -88,14 +90,14 @@ SPEC = ReplicaSpec(deployment=DeploymentId("tiny"), model_path="nowhere")
 class WorkerProcess:
     """One daemon, started as its own process."""
 
-    def __init__(self, stage: Stage, node: str, devices: str, port: int | None) -> None:
+    def __init__(self, stage: Stage, node: str, devices: str, port: int | None, entry: str) -> None:
         folder = stage.folder
         self.node = NodeId(node)
         self.port = port or free_port()
         self.folder = folder
         self.log = folder / f"{node}.log"
         cluster = stage.keys.cluster_name
-        self._arguments = (stage.etcd.endpoint, cluster, node, str(self.port), devices, str(folder))
+        self._arguments = (stage.etcd.endpoint, cluster, node, str(self.port), devices, str(folder), entry)
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -152,13 +154,14 @@ class WorkerProcess:
         return self.log.read_text()
 
 
-def main(etcd: str, cluster: str, node: str, port: str, devices: str, folder: str) -> int:
+def main(etcd: str, cluster: str, node: str, port: str, devices: str, folder: str, entry: str) -> int:
     flags = WorkerFlags(
         etcd=etcd, node=node, cluster=cluster, port=int(port), devices=devices, state_dir=Path(folder) / "state"
     )
     config = resolve(flags)
     configure_logging(json_lines=True, node=node)
-    return run_worker(config, PoolSettings(node=config.node, log_dir=config.log_dir, entry=RANK_ENTRY, preload=()))
+    settings = PoolSettings(node=config.node, log_dir=config.log_dir, entry=entry)
+    return run_worker(config, replace(settings, preload=()) if entry == RANK_ENTRY else settings)
 
 
 # ---------------------------------------------------------------- the leader
@@ -229,7 +232,13 @@ class PlayedLeader:
 
         return await eventually(f"a worker says {kind.__name__}", found)
 
-    async def bring_up(self, devices: dict[str, NodeId], replica: ReplicaId = REPLICA) -> Epoch:
+    async def bring_up(
+        self,
+        devices: dict[str, NodeId],
+        replica: ReplicaId = REPLICA,
+        spec: ReplicaSpec = SPEC,
+        sources: tuple[WeightSource, ...] = (),
+    ) -> Epoch:
         """Prepare, form and load a replica over the devices, in the order given; its epoch."""
         for device, node in devices.items():
             await self.idle_rank(node, device)
@@ -240,12 +249,12 @@ class PlayedLeader:
             for index, (device, node) in enumerate(devices.items())
         )
         await self.send(
-            PrepareGroup(replica=replica, epoch=epoch, members=members, nonce=draw_id(), spec=SPEC, deadline_ms=20_000)
+            PrepareGroup(replica=replica, epoch=epoch, members=members, nonce=draw_id(), spec=spec, deadline_ms=20_000)
         )
         prepared = await self.group_state(replica, epoch, GroupPhase.PREPARED)
         await self.send(FormGroup(replica=replica, epoch=epoch, rendezvous=prepared.rendezvous, deadline_ms=20_000))
         await self.group_state(replica, epoch, GroupPhase.FORMED)
-        await self.send(LoadReplica(replica=replica, epoch=epoch, deadline_ms=0))
+        await self.send(LoadReplica(replica=replica, epoch=epoch, deadline_ms=0, sources=sources))
         await self.group_state(replica, epoch, GroupPhase.LOADED)
         return epoch
 
@@ -333,7 +342,15 @@ class PlayedGateway:
         await self._call.write(SERVE_UP.encode(body))
 
     async def open(
-        self, prompt: list[int], epoch: Epoch, *, max_tokens: int = 20, term: int = 1, request: str | None = None
+        self,
+        prompt: list[int],
+        epoch: Epoch,
+        *,
+        replica: ReplicaId = REPLICA,
+        max_tokens: int = 20,
+        term: int = 1,
+        request: str | None = None,
+        sampling: Sampling | None = None,
     ) -> OpenRequest:
         """Open a request with one choice; its slot is the first of its choices."""
         self._slots += 1
@@ -341,13 +358,13 @@ class PlayedGateway:
             permit=Permit(
                 request=RequestId(request or draw_id()),
                 attempt=Attempt(1),
-                replica=REPLICA,
+                replica=replica,
                 epoch=epoch,
                 term=Term(term),
             ),
             choices=(Choice(index=0, slot=Slot(self._slots), seed=7),),
             prompt=pack_u32(prompt),
-            sampling=Sampling(max_tokens=max_tokens),
+            sampling=sampling or Sampling(max_tokens=max_tokens),
         )
         await self.send(body)
         return body
@@ -422,9 +439,11 @@ class Stage:
         item = await self.client.get(self.keys.node(node), timeout=5)
         return from_json(item.value, NodeRecord) if item is not None else None
 
-    async def worker(self, node: str = "w0", devices: str = "cpu:0", port: int | None = None) -> WorkerProcess:
-        """Start a daemon."""
-        worker = WorkerProcess(self, node, devices, port)
+    async def worker(
+        self, node: str = "w0", devices: str = "cpu:0", port: int | None = None, entry: str = RANK_ENTRY
+    ) -> WorkerProcess:
+        """Start a daemon, whose ranks run `entry`."""
+        worker = WorkerProcess(self, node, devices, port, entry)
         self.workers.append(worker)
         await worker.start()
         return worker

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from controlplane.runtime.ids import Epoch, ReplicaId
-from controlplane.runtime.messages.common import Reason, ReasonKind
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
+from controlplane.runtime.messages.session import HeldWeights
 from dataplane import frames
 from dataplane.core.messages import RankSample
 from tools.sim.engine import SimEngine
@@ -108,6 +109,7 @@ class SimRank(Process):
         self._said = said
         self._gone = gone
         self._prepared: frames.Prepare | None = None
+        self._preloading: frames.Preload | None = None
         self._weights = ""
         self._over = Epoch(0)
         self._stepping = False
@@ -209,9 +211,12 @@ class SimRank(Process):
                     self._meet(prepared.epoch, self.now() + frame.deadline_ms / 1000)
             case frames.Load():
                 if (prepared := self._in(frame.epoch)) is not None:
-                    held = self._weights == _weights(prepared)
+                    held = self._weights == _weights(prepared.spec, prepared.rank)
                     self.kernel.tell(self.name, "rank_loading", replica=prepared.replica, epoch=prepared.epoch)
                     self._load(prepared.epoch, LOAD_STAGES if held else 0)
+            case frames.Preload():
+                self._preloading = frame
+                self._preload(frame, 0)
             case frames.Submit():
                 if self.engine is not None:
                     self.engine.submit(frame.sequences)
@@ -282,8 +287,26 @@ class SimRank(Process):
             return
         engine = SimEngine(prepared.spec, epoch)
         self.engine = engine if prepared.rank == 0 else None
-        self._weights = _weights(prepared)
+        self._hold(prepared.spec, prepared.rank)
         self.say(frames.Loaded(epoch, engine.capacity, self._weights))
+
+    def _preload(self, frame: frames.Preload, stage: int) -> None:
+        """Load ahead of need, until something else is wanted."""
+        if self._preloading is not frame or self._prepared is not None:
+            return
+        if self.stuck:
+            self.later(STUCK_S, self._preload, frame, stage)
+        elif stage < LOAD_STAGES:
+            self.progress += 1
+            self.later(self.kernel.random.uniform(*LOAD_STAGE_S) * self.slow, self._preload, frame, stage + 1)
+        else:
+            self._preloading = None
+            self._hold(frame.spec, frame.rank)
+
+    def _hold(self, spec: ReplicaSpec, rank: int) -> None:
+        self._weights = _weights(spec, rank)
+        held = HeldWeights(deployment=spec.deployment, degrees=spec.degrees, rank=rank, fingerprint=self._weights)
+        self.say(frames.Holds(held))
 
     # ------------------------------------------------------------ steps
 
@@ -340,5 +363,6 @@ class SimRank(Process):
             self.say(engine.report(STEP_S[0] * 1000))
 
 
-def _weights(prepared: frames.Prepare) -> str:
-    return f"{prepared.spec.model_path}/{prepared.rank}of{len(prepared.members)}"
+def _weights(spec: ReplicaSpec, rank: int) -> str:
+    degrees = spec.degrees
+    return f"{spec.model_path}/{rank}of{degrees.tensor * degrees.pipeline}"

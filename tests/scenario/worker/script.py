@@ -9,12 +9,14 @@ A file holds blocks parted by empty lines. A block is command lines, a line `---
     leader prepares REPLICA@EPOCH DEVICE... [term=T]      "-" is a device of another node
     leader forms|loads|aborts|releases REPLICA@EPOCH [KIND]
     leader assigns REQUEST.ATTEMPT REPLICA@EPOCH
+    leader preloads DEVICE RANK            that shard on a free device
     leader drains SECONDS | undrains | relets
     rank DEVICE prepared|formed|loaded|aborted|fails EPOCH [DURING]
+    rank DEVICE holds RANK | nothing [why]  its weights; "why" for a preload that failed
     rank DEVICE begins EPOCH REQUEST/CHOICE...
     rank DEVICE gives EPOCH REQUEST/CHOICE=FIRST:TOKENS... [done=REQUEST/CHOICE]
     rank DEVICE exits code=N | signal=N
-    rank DEVICE looks STATE COLLECTIVE     what the daemon sees of it
+    rank DEVICE looks STATE COLLECTIVE [progress=N]       what the daemon sees of it
     gateway NAME connects [INCARNATION] | disconnects | reads
     gateway NAME opens REQUEST[.ATTEMPT] [key=value...]
     gateway NAME cancels|ends REQUEST
@@ -57,7 +59,7 @@ from dataplane.core.messages import (
     TermSeen,
 )
 from tests.scenario.coordinator.script import Block, parse
-from tests.scenario.worker.model import CAPACITY, Worker
+from tests.scenario.worker.model import CAPACITY, SPEC, Worker
 
 
 def play(text: str) -> list[tuple[Block, tuple[str, ...]]]:
@@ -142,8 +144,11 @@ class Script:
             case "exits":
                 return worker.exits(device, **{key: int(value) for key, value in options.items()})
             case "looks":
-                worker.samples[device] = RankSample(0, int(plain[1]), 0, plain[0])
+                progress = int(options.get("progress", "0"))
+                worker.samples[device] = RankSample(progress, int(plain[1]), 0, plain[0])
                 return []
+            case "holds":
+                return worker.says(device, _holds(*plain))
             case "begins":
                 return worker.step_begins(device, int(plain[0]), [_choice(word) for word in plain[1:]])
             case "gives":
@@ -190,6 +195,8 @@ def _from_leader(verb: str, words: list[str], term: int) -> session.AttachDown:
             return session.DrainNode(deadline_ms=round(float(words[0]) * 1000), reason=reason)
         case "undrains":
             return session.UndrainNode()
+        case "preloads":
+            return session.PreloadWeights(device=words[0], rank=int(words[1]), spec=SPEC)
         case "relets":
             return session.Relet(reason=reason)
         case "assigns":
@@ -233,6 +240,16 @@ def _from_rank(verb: str, epoch: str, during: str = "step") -> frames.RankFrame:
             assert verb == "fails", verb
             reason = Reason(kind=ReasonKind.OUT_OF_MEMORY, text="no memory")
             return frames.Failed(number, during, reason)
+
+
+def _holds(rank: str, why: str = "") -> frames.Holds:
+    if rank == "nothing":
+        return frames.Holds(None, Reason(kind=ReasonKind.LOAD_FAILED, text=why) if why else None)
+    number = int(rank)
+    held = session.HeldWeights(
+        deployment=SPEC.deployment, degrees=SPEC.degrees, rank=number, fingerprint=f"shard-{number}", address="w1:9"
+    )
+    return frames.Holds(held)
 
 
 def _options(words: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -344,6 +361,8 @@ def _frame(frame: frames.DaemonFrame, worker: Worker) -> str:
             return "Cancel " + " ".join(names.get(sequence, "an older attempt") for sequence in frame.sequences)
         case frames.Prepare():
             return f"Prepare {frame.replica}@{frame.epoch} rank {frame.rank}"
+        case frames.Preload():
+            return f"Preload rank {frame.rank} of {frame.spec.deployment}"
         case frames.Form() | frames.Load() | frames.Abort():
             return f"{type(frame).__name__} {frame.epoch}"
         case _:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId
 from controlplane.runtime.messages.common import Member, ParallelDegrees, ReasonKind, ReplicaSpec, Sampling
 from controlplane.runtime.messages.serve import FinishReason
+from controlplane.runtime.messages.session import HeldWeights, WeightSource
 from controlplane.runtime.packing import pack_u32, unpack_u32
 from dataplane.frames import (
     LENGTH_BYTES,
@@ -32,10 +34,12 @@ from dataplane.frames import (
     GroupCost,
     GroupCosts,
     Hello,
+    Holds,
     Load,
     Loaded,
     LoadProgress,
     LoadReport,
+    Preload,
     Prepare,
     Prepared,
     RankFrame,
@@ -48,11 +52,14 @@ from dataplane.frames import (
     encode,
 )
 from dataplane.progress import ProgressPage
-from tests.support.models import tiny_model
+from tests.support.models import blank_weights, tiny_model
 from tests.unit.dataplane.engine.reference import greedy
 
 ANSWER_S = 60.0
 """Bound on the wait for a frame."""
+
+START_S = 180.0
+"""And for a process that imports torch beside others."""
 
 COLLECTIVE_MS = 10_000
 FORM_MS = 30_000
@@ -73,7 +80,7 @@ class Daemon:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(folder / "rank.sock"))
         listener.listen(1)
-        listener.settimeout(ANSWER_S)
+        listener.settimeout(START_S)
         code = "import sys; from dataplane.rank import rank_main; rank_main(*sys.argv[1:])"
         arguments = (str(folder / "rank.sock"), "cpu:0", str(folder / "page"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -88,6 +95,8 @@ class Daemon:
         self._next_sequence = 0
         self._last = -1
         self.costs: list[GroupCost] = []
+        # What it told last of the weights that it holds.
+        self.held: HeldWeights | None = None
 
     def send(self, frame: DaemonFrame) -> None:
         self.socket.sendall(encode(frame))
@@ -104,8 +113,8 @@ class Daemon:
         return decode_rank_frame(self._stream.read(length))
 
     def expect(self, kind: type[F]) -> F:
-        """The next frame, progress and load reports aside."""
-        while isinstance(frame := self.read(), LoadProgress | LoadReport):
+        """The next frame, progress, load reports and news of weights aside."""
+        while isinstance(frame := self.read(), LoadProgress | LoadReport | Holds) and not isinstance(frame, kind):
             pass
         assert isinstance(frame, kind), frame
         return frame
@@ -116,19 +125,30 @@ class Daemon:
         self.send(Prepare(ReplicaId("r"), Epoch(self._epoch), rank, members, "nonce", spec, COLLECTIVE_MS))
         return self.expect(Prepared)
 
+    def preload(self, spec: ReplicaSpec, rank: int = 0) -> HeldWeights:
+        """Let it load another shard than it holds."""
+        self.send(Preload(rank, spec, "127.0.0.1"))
+        while (told := self.expect(Holds)).held is None:
+            assert told.reason is None, told.reason
+        return told.held
+
     def form(self) -> None:
         self.send(Form(Epoch(self._epoch), "", FORM_MS))
         assert self.expect(Formed).epoch == self._epoch
 
-    def load(self) -> tuple[Loaded, list[str]]:
+    def load(self, *sources: str) -> tuple[Loaded, list[str]]:
         """The answer, and the stages that were reported."""
-        self.send(Load(Epoch(self._epoch)))
+        chosen = tuple(WeightSource(degrees=ParallelDegrees(), rank=0, address=address) for address in sources)
+        self.send(Load(Epoch(self._epoch), chosen))
         return self.loaded()
 
     def loaded(self) -> tuple[Loaded, list[str]]:
         stages: list[str] = []
-        while isinstance(frame := self.read(), LoadProgress):
-            stages.append(frame.stage)
+        while isinstance(frame := self.read(), LoadProgress | Holds):
+            if isinstance(frame, LoadProgress):
+                stages.append(frame.stage)
+            else:
+                self.held = frame.held
         assert isinstance(frame, Loaded), frame
         return frame, stages
 
@@ -376,6 +396,72 @@ def test_two_ranks_serve_as_one_and_again_after_an_abort(
     for daemon in (process, second):
         assert {"control", axis} <= {cost.group for cost in daemon.costs}
         assert all(cost.calls > 0 and cost.seconds >= 0 for cost in daemon.costs)
+
+
+def test_weights_loaded_ahead_are_not_read_again(second: Daemon, spec: ReplicaSpec, tmp_path: Path) -> None:
+    """A free rank holds both shards of two in turn; it serves the second though the file holds other values by then."""
+    path = tmp_path / "copy"
+    shutil.copytree(spec.model_path, path)
+    copied = replace(spec, model_path=str(path))
+    both = replace(copied, degrees=ParallelDegrees(tensor=2))
+    shard = second.preload(both, rank=1)
+    assert (shard.degrees, shard.rank) == (both.degrees, 1)
+    held = second.preload(copied)
+    assert held.fingerprint != shard.fingerprint
+    assert held.address == shard.address != ""
+    blank_weights(path)
+    assert second.prepare(copied).weights == held.fingerprint
+    second.form()
+    loaded, stages = second.load()
+    assert loaded.weights == held.fingerprint
+    assert "weights" not in stages
+    tokens, _ = second.finish(second.submit(Sampling(temperature=0, max_tokens=12, ignore_eos=True)))
+    assert tokens == greedy(Path(spec.model_path), PROMPT, 12)
+    second.leave()
+
+
+def test_an_epoch_is_heard_of_while_weights_are_loaded(second: Daemon, spec: ReplicaSpec, tmp_path: Path) -> None:
+    """The epoch is of the same shard, and goes on with what is there."""
+    large = replace(spec, model_path=str(tiny_model(tmp_path, "llama", hidden_size=512, intermediate_size=6144)))
+    second.send(Preload(0, large, "127.0.0.1"))
+    prepared = second.prepare(large)
+    assert prepared.weights == ""
+    second.form()
+    second.load()
+    assert second.held is not None
+    tokens, _ = second.finish(second.submit(Sampling(temperature=0, max_tokens=3, ignore_eos=True)))
+    assert tokens == greedy(Path(large.model_path), PROMPT, 3)
+    second.leave()
+
+
+def test_a_failed_preload_is_told_and_survived(second: Daemon, spec: ReplicaSpec, tmp_path: Path) -> None:
+    second.send(Preload(0, replace(spec, model_path=str(tmp_path)), "127.0.0.1"))
+    told = second.expect(Holds)
+    if told.reason is None:
+        # What it held before went first.
+        told = second.expect(Holds)
+    assert told.held is None
+    assert told.reason is not None
+    assert "config.json" in told.reason.text
+    assert second.preload(spec).rank == 0
+
+
+def test_a_peer_that_serves_is_asked_for_its_weights(
+    process: Daemon, second: Daemon, spec: ReplicaSpec, model: Path
+) -> None:
+    process.serve(spec)
+    assert process.held is not None
+    second.preload(replace(spec, degrees=ParallelDegrees(tensor=2)))
+    second.prepare(spec)
+    second.form()
+    second.load(process.held.address)
+    assert second.held is not None
+    assert second.held.fingerprint == process.held.fingerprint
+    assert f"{process.held.address}=" in second.log.read_text()
+    for daemon in (process, second):
+        tokens, _ = daemon.finish(daemon.submit(Sampling(temperature=0, max_tokens=12, ignore_eos=True)))
+        assert tokens == greedy(model, PROMPT, 12)
+        daemon.leave()
 
 
 def test_rank_leaves_when_its_daemon_is_gone(second: Daemon) -> None:
