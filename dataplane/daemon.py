@@ -33,6 +33,7 @@ from dataplane.coordinator_link import CoordinatorLink
 from dataplane.core.messages import (
     CloseGateway,
     Depart,
+    DevicesRead,
     Effect,
     Event,
     HintLeader,
@@ -52,14 +53,18 @@ from dataplane.core.messages import (
 )
 from dataplane.core.state import Identity, WorkerState
 from dataplane.core.step import begin, step
+from dataplane.devices import gpus
 from dataplane.gateway_link import ServingServicer
 from dataplane.metrics import WorkerMetrics
+from dataplane.nvml import watch
 from dataplane.rank_pool import PoolSettings, RankPool
 from protos.perdure.v1 import serve_pb2_grpc
 
 log = structlog.get_logger()
 
 TICKS_PER_HEARTBEAT = 10
+HEARTBEATS_PER_READING = 4
+"""How often GPUs are asked how they are."""
 
 
 class WorkerDaemon:
@@ -161,6 +166,7 @@ class WorkerShell:
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._spawn("tick", self._tick())
+        self._watch_devices()
         await self._register(identity)
         for name, eternal in (("leader", self._leader.run()), ("coordinator", self._coordinator.run())):
             self._spawn(name, eternal)
@@ -236,6 +242,14 @@ class WorkerShell:
                 self._metrics.update(self._state)
             due = self._clock.now() + interval
             await self._clock.sleep(interval)
+
+    def _watch_devices(self) -> None:
+        """Have the driver asked how its GPUs are; without one there is nobody to ask."""
+        loop = asyncio.get_running_loop()
+        watched = gpus(self._config.devices)
+        if watched:
+            interval = self._timings.heartbeat_interval * HEARTBEATS_PER_READING
+            watch(watched, interval, lambda readings: loop.call_soon_threadsafe(self.post, DevicesRead(readings)))
 
     def _lease_changed(self, event: LeaseEvent) -> None:
         match event.kind:

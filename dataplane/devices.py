@@ -78,6 +78,12 @@ def describe(names: tuple[str, ...]) -> tuple[Device, ...]:
     return tuple(_describe(name, len(names)) for name in names)
 
 
+def gpus(names: tuple[str, ...]) -> dict[str, str]:
+    """The GPUs among the devices, each with the index or UUID by which the driver knows it."""
+    parsed = {name: _parse(name) for name in names}
+    return {name: _physical(index) for name, (kind, index) in parsed.items() if kind == "cuda"}
+
+
 def _describe(name: str, ranks: int) -> Device:
     kind, index = _parse(name)
     if kind == "cpu":

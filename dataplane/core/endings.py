@@ -118,6 +118,12 @@ def kill_rank(turn: Turn, rank: Rank, reason: Reason) -> None:
         turn.emit(KillRank(rank.device, rank.pid, reason))
 
 
+def kill_if_spoilt(turn: Turn, rank: Rank, reason: Reason) -> None:
+    """After an error of its device a process can make no use of it any more (CUDA keeps the error): a fresh one may."""
+    if reason.kind is ReasonKind.DEVICE_SICK:
+        kill_rank(turn, rank, reason)
+
+
 def kill_holders(turn: Turn) -> None:
     """Kill who did not let go in time."""
     overdue = [rank for rank in turn.state.ranks.values() if rank.let_go_by is not None and turn.now >= rank.let_go_by]

@@ -91,7 +91,7 @@ def release(turn: Turn, message: ReleaseReplica) -> None:
 def advance(turn: Turn, rank: Rank) -> None:
     """Send its Prepare to a rank that is free to hear of it; else it comes when the rank is."""
     replica = turn.state.replicas.get(rank.replica)
-    free = rank.phase is RankPhase.IDLE and rank.aborting is None and not rank.leaving
+    free = rank.phase is RankPhase.IDLE and rank.aborting is None and not rank.leaving and rank.killed is None
     if replica is None or not free:
         return
     frame = replica.prepare.pop(rank.device, None)

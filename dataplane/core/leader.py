@@ -10,7 +10,6 @@ from controlplane.runtime.messages.session import (
     AbortGroup,
     AssignBatch,
     AssignLapsed,
-    DeviceHealth,
     DrainNode,
     FormGroup,
     Heartbeat,
@@ -34,6 +33,7 @@ from controlplane.runtime.messages.session import (
 from dataplane.core import drain, groups, weights
 from dataplane.core.endings import ranks_of
 from dataplane.core.gateways import tell_leader
+from dataplane.core.health import health
 from dataplane.core.messages import (
     LeaderClosed,
     LeaderOpened,
@@ -43,13 +43,11 @@ from dataplane.core.messages import (
     RenewLease,
     SendLeader,
 )
-from dataplane.core.state import Leader, Rank, Replica, Request, Reservation, Turn
+from dataplane.core.state import Leader, Replica, Request, Reservation, Turn
 from dataplane.core.terms import fence_term, raise_term, tell
 
 SNAPSHOT_SEQUENCES_MAX = 2000
 """Sequences a chunk of the snapshot; some 100 bytes each."""
-
-FALSE_STARTS_SICK = 2
 
 HEARTBEAT_SPACING = 0.1
 """Heartbeats on change leave at least this part of the heartbeat interval apart."""
@@ -262,15 +260,9 @@ def beat(turn: Turn) -> None:
             replicas=tuple(
                 _load(turn, replica) for replica in state.replicas.values() if replica.phase is ReplicaPhase.READY
             ),
-            health=tuple(map(_health, state.ranks.values())),
+            health=tuple(map(health, state.ranks.values())),
         ),
     )
-
-
-def _health(rank: Rank) -> DeviceHealth:
-    """A device is sick when process after process does not come up on it; one that ended is soon replaced."""
-    sick = rank.false_starts >= FALSE_STARTS_SICK
-    return DeviceHealth(device=rank.device, ok=not sick, reason=rank.fault if sick else None)
 
 
 def _load(turn: Turn, replica: Replica) -> ReplicaLoad:

@@ -39,6 +39,27 @@ class RankSample:
     process_state: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReading:
+    """What a GPU's driver tells of it."""
+
+    # Uncorrectable memory errors since the driver was loaded or the device reset.
+    uncorrected: int = 0
+    # A broken memory row could not be replaced by a spare one.
+    remap_failed: bool = False
+    # Xid numbers heard since the daemon began, each once.
+    xids: tuple[int, ...] = ()
+    # Why the driver cannot reach it; "" if it can.
+    lost: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesRead:
+    """Comes now and then, of GPUs alone."""
+
+    readings: Mapping[DeviceId, DeviceReading]
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Comes several times a heartbeat interval."""
@@ -147,6 +168,7 @@ class StopAsked:
 
 Event = (
     Tick
+    | DevicesRead
     | LeaseGranted
     | LeaseGone
     | TermSeen

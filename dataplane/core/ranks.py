@@ -16,6 +16,7 @@ from dataplane.core.endings import (
     close,
     end_if_free,
     fail_stage,
+    kill_if_spoilt,
     kill_rank,
     let_go,
     ranks_of,
@@ -228,6 +229,7 @@ def _failed(turn: Turn, replica: Replica, rank: Rank, reason: Reason) -> None:
         fail_stage(turn, replica, reason)
     else:
         close(turn, replica, reason, blameless=blameless)
+    kill_if_spoilt(turn, rank, reason)
 
 
 def _load_progress(turn: Turn, replica: Replica, rank: Rank, frame: frames.LoadProgress) -> None:

@@ -33,7 +33,7 @@ from controlplane.runtime.messages.serve import FinishReason
 from controlplane.runtime.messages.session import GroupPhase, HeldWeights, SequencePhase, WorkerHello
 from controlplane.runtime.timing import Timings
 from dataplane import frames
-from dataplane.core.messages import DeviceId, Effect, LinkId, RankSample, StreamId
+from dataplane.core.messages import DeviceId, DeviceReading, Effect, LinkId, RankSample, StreamId
 from dataplane.frames import SequenceId
 
 ADMISSION_FACTOR = 4
@@ -134,6 +134,9 @@ class Rank:
     killed: Reason | None = None
     # Why it has no process, until it has one.
     fault: Reason | None = None
+    # What its driver told of it first, and why the device is sick by what it told since.
+    first_reading: DeviceReading | None = None
+    sick: Reason | None = None
     # When to fork its next process; None: one is there or on its way.
     spawn_at: float | None = None
     # Processes in a row that ended before their Hello.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.session import GroupPhase
 from controlplane.runtime.timing import Timings
-from dataplane.core import drain, endings, gateways, groups, leader, ranks, weights
+from dataplane.core import drain, endings, gateways, groups, health, leader, ranks, weights
 from dataplane.core.endings import OPEN, answer, close
 from dataplane.core.messages import (
+    DevicesRead,
     Effect,
     Event,
     GatewayClosed,
@@ -79,6 +80,8 @@ def _dispatch_rare(turn: Turn, event: Event) -> None:
             ranks.on_exited(turn, event)
         case LeaseGranted():
             turn.state.lease_id = event.lease_id
+        case DevicesRead():
+            health.on_read(turn, event)
         case LeaseGone():
             _lease_gone(turn)
         case TermSeen():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind
 from controlplane.runtime.messages.session import HeldWeights, PreloadWeights, WeightsState
 from dataplane import frames
-from dataplane.core.endings import kill_rank
+from dataplane.core.endings import kill_if_spoilt, kill_rank
 from dataplane.core.messages import Recorded, SendRank
 from dataplane.core.state import Preload, Rank, Turn
 from dataplane.core.terms import tell
@@ -42,6 +42,8 @@ def holds(turn: Turn, rank: Rank, frame: frames.Holds) -> None:
         details = {"device": rank.device}
         turn.emit(Recorded("preload_failed" if frame.reason else "preload_done", reason=frame.reason, details=details))
     _tell_weights(turn, rank, frame.reason)
+    if frame.reason is not None:
+        kill_if_spoilt(turn, rank, frame.reason)
 
 
 def kill_stuck(turn: Turn) -> None:
@@ -60,7 +62,7 @@ def _refusal(turn: Turn, rank: Rank) -> Reason | None:
     state = turn.state
     if state.leaving is not None:
         return state.leaving
-    if rank.phase is RankPhase.IDLE and not rank.bound and rank.aborting is None and not rank.leaving:
+    if rank.phase is RankPhase.IDLE and not rank.bound and not (rank.aborting or rank.leaving or rank.killed):
         return None
     what = f"bound to {rank.replica}" if rank.bound else rank.phase.name.lower()
     return Reason(kind=ReasonKind.NO_CAPACITY, text=f"{rank.device} is {what}", node=state.identity.node)

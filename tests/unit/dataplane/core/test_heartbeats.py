@@ -8,7 +8,7 @@ from controlplane.runtime.ids import Epoch
 from controlplane.runtime.messages.common import ReplicaPhase
 from controlplane.runtime.messages.session import Heartbeat, WorkerSnapshot
 from dataplane import frames
-from dataplane.core import leader
+from dataplane.core import health, leader
 from dataplane.core.messages import Effect, RankSample, SendLeader
 from tests.scenario.worker.model import CAPACITY, TIMINGS, serving
 
@@ -69,12 +69,12 @@ def test_a_device_on_which_nothing_comes_up_is_sick() -> None:
     worker = serving()
     worker.exits("cpu:0", signal=9)
     assert beats(worker.wait(1))[-1].health[0].ok, "one death is no sickness"
-    for _ in range(leader.FALSE_STARTS_SICK):
+    for _ in range(health.FALSE_STARTS_SICK):
         worker.exits("cpu:0", code=75)
         worker.wait(1)
-    health = beats(worker.wait(1))[-1].health[0]
-    assert not health.ok
-    assert health.reason is not None
+    told = beats(worker.wait(1))[-1].health[0]
+    assert not told.ok
+    assert told.reason is not None
 
 
 def test_a_large_snapshot_comes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
