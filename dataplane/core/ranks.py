@@ -233,10 +233,11 @@ def _failed(turn: Turn, replica: Replica, rank: Rank, reason: Reason) -> None:
 
 
 def _load_progress(turn: Turn, replica: Replica, rank: Rank, frame: frames.LoadProgress) -> None:
-    """The slowest rank's progress, told in whole percents."""
+    """The slowest rank's progress, told in thousandths: a hundredth of a large model may take a slow disk longer than a
+    load may stand still."""
     replica.loaded[rank.device] = frame.fraction
     fraction = min(replica.loaded.get(member.device, 0.0) for member in ranks_of(turn, replica))
-    told = (frame.stage, int(fraction * 100))
+    told = (frame.stage, int(fraction * 1000))
     if told != replica.load_told:
         replica.load_told = told
         tell(

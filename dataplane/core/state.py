@@ -175,7 +175,7 @@ class Replica:
     load: frames.LoadReport | None = None
     # Load fractions by device.
     loaded: dict[DeviceId, float] = field(default_factory=dict[DeviceId, float])
-    # Stage and percent that the leader was told last.
+    # Stage and thousandths that the leader was told last.
     load_told: tuple[str, int] = ("", 0)
     # Sequences in steps that began and did not end, by step.
     steps: dict[int, array[int]] = field(default_factory=dict[int, "array[int]"])
