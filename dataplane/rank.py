@@ -175,6 +175,10 @@ class Rank:
             action()
         except DaemonGone:
             raise
+        except Interrupted:
+            # Its Abort is on the way.
+            self._leave()
+            _log.info("rank_interrupted", during=during, epoch=epoch)
         except Exception as error:  # noqa: BLE001 - the process and its weights must outlive any failure
             reason = replace(_reason(error, during), rank=prepared.rank)
             self._leave()
@@ -246,8 +250,12 @@ class Rank:
         return held.engine
 
     def _progress(self, stage: str, fraction: float) -> None:
+        """Raises Interrupted once the epoch is over: a load that outlasts its Abort ends in a kill."""
+        epoch = self._expect_prepared().epoch
+        if self._page.abort_epoch >= epoch:
+            raise Interrupted
         self._page.advance()
-        self._link.send(LoadProgress(self._expect_prepared().epoch, stage, fraction))
+        self._link.send(LoadProgress(epoch, stage, fraction))
 
     # ------------------------------------------------------------ ahead of need
 

@@ -24,7 +24,8 @@ def preload(turn: Turn, message: PreloadWeights) -> None:
     if refusal is not None:
         _tell_weights(turn, rank, refusal)
         return
-    frame = frames.Preload(message.rank, message.spec, state.identity.host, message.sources)
+    host = state.identity.serve_address.rpartition(":")[0]
+    frame = frames.Preload(message.rank, message.spec, host, message.sources)
     if rank.preload is not None and _shard(rank.preload.frame) == _shard(frame):
         return
     rank.preload = Preload(frame, _progress(rank), turn.now)

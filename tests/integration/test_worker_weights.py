@@ -20,6 +20,9 @@ from tests.unit.dataplane.engine.reference import greedy
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
+START_S = 180.0
+"""Bound on the start of a rank, whose zygote imports torch first."""
+
 PROMPT = [5, 17, 99, 300, 4, 4, 23, 8]
 TOKENS = 12
 SAMPLING = Sampling(temperature=0, max_tokens=TOKENS, ignore_eos=True)
@@ -59,7 +62,7 @@ async def test_a_spare_serves_what_it_loaded_ahead_and_others_copy_from_it(playe
     spec = ReplicaSpec(deployment=DeploymentId("d"), model_path=str(path), kv_cache_tokens=2048, cpu_threads=1)
     worker = await played.worker(devices="cpu:0,cpu:1", entry=RANK_ENTRY)
     for device in ("cpu:0", "cpu:1"):
-        await played.leader.idle_rank(worker.node, device)
+        await played.leader.idle_rank(worker.node, device, START_S)
     await played.leader.send(PreloadWeights(device="cpu:0", rank=0, spec=spec))
     spare = await held(played, "cpu:0")
     kept = path / "model.safetensors"

@@ -265,7 +265,7 @@ class PlayedLeader:
         assert state.ok is ok, state.reason
         return state
 
-    async def idle_rank(self, node: NodeId, device: str) -> int:
+    async def idle_rank(self, node: NodeId, device: str, timeout: float = 30.0) -> int:
         """Pid of the device's rank, once it has said Hello."""
 
         def found() -> int | None:
@@ -278,7 +278,7 @@ class PlayedLeader:
                     pids = _up(info, device, pids)
             return pids
 
-        return await eventually(f"{device} of {node} is up", found)
+        return await eventually(f"{device} of {node} is up", found, timeout)
 
 
 def _up(info: RankInfo | RankState, device: str, before: int | None) -> int | None:

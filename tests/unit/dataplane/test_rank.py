@@ -434,6 +434,19 @@ def test_an_epoch_is_heard_of_while_weights_are_loaded(second: Daemon, spec: Rep
     second.leave()
 
 
+def test_a_load_is_left_when_its_epoch_is_over(second: Daemon, spec: ReplicaSpec) -> None:
+    """As after a peer's death; the next epoch loads."""
+    other = replace(spec, dtype="bfloat16")
+    second.prepare(other)
+    second.form()
+    second.page.set_abort_epoch(second._epoch)
+    second.send(Load(Epoch(second._epoch)))
+    second.send(Abort(Epoch(second._epoch)))
+    assert second.expect(Aborted).epoch == second._epoch
+    assert second.serve(other).weights
+    second.leave()
+
+
 def test_a_failed_preload_is_told_and_survived(second: Daemon, spec: ReplicaSpec, tmp_path: Path) -> None:
     second.send(Preload(0, replace(spec, model_path=str(tmp_path)), "127.0.0.1"))
     told = second.expect(Holds)
