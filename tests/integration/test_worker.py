@@ -320,7 +320,7 @@ async def test_a_daemon_outlives_its_leader(played: Stage) -> None:
     request = await gateway.open(PROMPT, epoch, max_tokens=500)
     await played.leader.stop()
     assert await gateway.finish_of(request.choices[0].slot) == EXPECTED[:500]
-    again = PlayedLeader(term=1)
+    again = PlayedLeader(term=2)
     await again.start()
     try:
         await played.put_leader(again)
