@@ -50,10 +50,9 @@ class Holding:
     """A rank's weights."""
 
     def __init__(self, device: torch.device, told: Callable[[HeldWeights | None], None]) -> None:
-        """`told` hears of every change of what is held, once it may be copied."""
+        """`told` hears of what is held whenever it is shown, and when it goes."""
         self._device = device
         self._told = told
-        self._last_told: HeldWeights | None = None
         self._held: Held | None = None
         self._begun: ModelLoad | None = None
         self._server: ShelfServer | None = None
@@ -106,7 +105,7 @@ class Holding:
             torch.cuda.synchronize(self._device)
         address = self._serve(held.model, host)
         mesh = held.model.mesh
-        self._tell(
+        self._told(
             HeldWeights(
                 deployment=spec.deployment,
                 degrees=spec.degrees,
@@ -128,10 +127,6 @@ class Holding:
 
     def _drop(self) -> None:
         self.hide()
-        self._held = None
-        self._tell(None)
-
-    def _tell(self, held: HeldWeights | None) -> None:
-        if held != self._last_told:
-            self._last_told = held
-            self._told(held)
+        if self._held is not None:
+            self._held = None
+            self._told(None)

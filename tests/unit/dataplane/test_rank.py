@@ -410,6 +410,8 @@ def test_weights_loaded_ahead_are_not_read_again(second: Daemon, spec: ReplicaSp
     assert held.fingerprint != shard.fingerprint
     assert held.address == shard.address != ""
     blank_weights(path)
+    # A leader that has forgotten asks again, and is answered.
+    assert second.preload(copied) == held
     assert second.prepare(copied).weights == held.fingerprint
     second.form()
     loaded, stages = second.load()
