@@ -17,6 +17,7 @@ class Action(Enum):
     TERMINATE = "terminate"
     # By the leader.
     DRAIN = "drain"
+    UNDRAIN = "undrain"
     # To a host's cable: nothing passes; what it sends, or what is sent to it, is lost; the link is down.
     CUT = "cut"
     MUTE = "mute"
@@ -56,6 +57,7 @@ _TARGETS: dict[Action, frozenset[str]] = {
     Action.STOP: _PROCESSES,
     Action.TERMINATE: _PROCESSES,
     Action.DRAIN: frozenset({"worker", "node", "nodes"}),
+    Action.UNDRAIN: frozenset({"worker", "everything"}),
     **dict.fromkeys(_CABLES, _DAEMONS),
     Action.UNPLUG: _DAEMONS,
     Action.FILL: _DAEMONS,

@@ -58,6 +58,9 @@ class Saboteur:
             case Action.DRAIN:
                 for node in await self._nodes(fault.target):
                     await self._cluster.drain(node)
+            case Action.UNDRAIN:
+                for node in [fault.target.name] if fault.target.name else await self._cluster.drained():
+                    await self._cluster.undrain(node)
             case Action.SCALE:
                 await self._cluster.scale(fault.target.name, fault.replicas)
                 await self._cluster.wait_whole(RETURN_MAX_S)

@@ -86,6 +86,15 @@ class LiveCluster:
         drain = admin_pb2.DrainRequest(node=node)
         await self._ask(lambda stub: stub.Drain(drain, timeout=CALL_S))
 
+    async def undrain(self, node: str) -> None:
+        undrain = admin_pb2.UndrainRequest(node=node)
+        await self._ask(lambda stub: stub.Undrain(undrain, timeout=CALL_S))
+
+    async def drained(self) -> list[str]:
+        """Nodes that get no work because somebody said so."""
+        away = (admin_pb2.NODE_PHASE_DRAINING, admin_pb2.NODE_PHASE_LEFT)
+        return [node.id for node in (await self.status()).nodes if node.phase in away]
+
     async def working_address(self) -> str:
         """Of a control plane that answers. Raises ChaosError."""
         await self.status()

@@ -106,7 +106,7 @@ def test_a_rank_is_named_by_its_replica(tmp_path: Path) -> None:
         ({"kill": "rank"}, "'rank' takes a name"),
         ({"kill": "leader cp-0"}, "'leader' takes no name"),
         ({"kill": "rank main-0/x"}, "is no number"),
-        ({"at": 3}, "a fault names one of kill, stop, terminate, drain, cut"),
+        ({"at": 3}, "a fault names one of kill, stop, terminate, drain, undrain, cut"),
         ({"kill": "leader", "stop": "leader"}, "a fault names one of"),
         ({"terminate": "leader", "seconds": 3}, "'terminate' takes no seconds"),
         ({"kill": "rank main-0", "seconds": 3}, "only a daemon stays away for seconds, not a rank"),
