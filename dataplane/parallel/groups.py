@@ -247,10 +247,11 @@ class Group:
 
 
 def _said(error: Exception) -> str:
-    """What a backend says, without the place in its source where it says so."""
-    return _PLACE.sub("", str(error))
+    """What a backend says, without the place in its source where it says so, and its advice."""
+    return _PLACE.sub("", str(error)).partition(_ADVICE)[0]
 
 
+_ADVICE = ". This is typically"
 _PLACE = re.compile(r"^\[\S+:\d+\] ")
 _PATIENT_S = 365 * 24 * 3600.0
 """gloo knows no wait without an end; an abort ends this one."""
