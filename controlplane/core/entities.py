@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from controlplane.core.fair_queue import FairQueue
+from controlplane.core.ladder import Ladder
 from controlplane.core.load import Load
 from controlplane.core.messages import ConnectionId, Effect
 from controlplane.runtime.ids import (
@@ -292,6 +293,8 @@ class Deployment:
     # What its spares were chosen from.
     covered: object = None
     queue: FairQueue = field(default_factory=FairQueue)
+    # Those that serve, and perhaps some that did, by their load.
+    ladder: Ladder = field(default_factory=Ladder)
     removed: bool = False
 
 

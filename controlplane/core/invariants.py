@@ -120,6 +120,8 @@ def _check_replica(state: ClusterState, replica: Replica) -> None:
 def _check_deployment(state: ClusterState, deployment: Deployment) -> None:
     for replica in deployment.replicas.values():
         assert state.replicas.get(replica.replica) is replica
+        weighed = replica.index in deployment.ladder or not state.serves(replica)
+        assert weighed, f"{replica.replica} serves and gets no requests"
     for name in deployment.queue:
         request = state.requests.get(name)
         assert request is not None, f"{name} is queued and unknown"

@@ -134,7 +134,9 @@ def heard(state: ClusterState, node: Node) -> None:
 
 def _serve_again(state: ClusterState, node: Node) -> None:
     state.replan = True
-    state.reroute.update(replica.deployment for replica in state.places.on(node.node))
+    for replica in state.places.on(node.node):
+        state.reroute.add(replica.deployment)
+        state.weigh(replica)
 
 
 def _unreachable(state: ClusterState, node: Node, reason: Reason) -> None:

@@ -225,6 +225,7 @@ def load_heard(state: ClusterState, replica: Replica, load: ReplicaLoad, ack: in
     if before is None or before.progress != load.progress or load.running + load.waiting == 0:
         replica.stalled_s = 0.0
     replica.load.heard(load, ack)
+    state.weigh(replica)
     state.reroute.add(replica.deployment)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from heapq import nsmallest
 from math import inf
 
 from controlplane.core import failures
@@ -95,6 +94,7 @@ def uncount(state: ClusterState, request: Request) -> None:
     if permit is None or replica is None or replica.epoch != permit.epoch:
         return
     replica.load.ended(permit.request)
+    state.weigh(replica)
     state.reroute.add(replica.deployment)
     if replica.drain is not None and not replica.load.outstanding:
         state.replan = True
@@ -145,14 +145,15 @@ def drop_queue(
 def dispatch(state: ClusterState, deployment: Deployment) -> None:
     """Assign as many waiting requests as the replicas' windows let in, first in line first."""
     queue = deployment.queue
-    ready = list(state.served_by(deployment))
     stuck: list[Ticket] = []
     while queue and len(stuck) < STUCK_MAX:
-        replicas = _candidates(state, ready)
+        replicas = _candidates(state, deployment)
         if not replicas:
             break
         tickets = _take_batch(state, deployment)
-        left = _assign_batch(state, tickets, replicas, ready)
+        left = _assign_batch(state, tickets, replicas)
+        for replica in replicas:
+            state.weigh(replica)
         stuck.extend(left)
         if len(left) == len(tickets) == 1 and state.requests[left[0].request].entry.n > 1:
             # it is first in line and needs more room than there is: later ones would keep taking what becomes free
@@ -174,24 +175,27 @@ def _take_batch(state: ClusterState, deployment: Deployment) -> list[Ticket]:
     return tickets[:cut]
 
 
-def _candidates(state: ClusterState, ready: Sequence[Replica]) -> list[Replica]:
-    """Replicas with room, the least loaded first and no more than one batch may consider."""
-    with_room = [replica for replica in ready if _room(state, replica) > 0]
-    return nsmallest(
-        state.limits.assignment_replicas_max,
-        with_room,
-        key=lambda replica: replica.load.sequences / _capacity(replica).max_sequences,
-    )
+def _candidates(state: ClusterState, deployment: Deployment) -> list[Replica]:
+    """Replicas with room, the least loaded first and no more than one batch may consider. To be weighed again."""
+    found: list[Replica] = []
+    while len(found) < state.limits.assignment_replicas_max and (index := deployment.ladder.pop()) is not None:
+        replica = deployment.replicas.get(index)
+        if replica is None or not state.serves(replica):
+            continue
+        if _room(state, replica) <= 0:
+            # So it is with all that are fuller.
+            state.weigh(replica)
+            break
+        found.append(replica)
+    return found
 
 
-def _assign_batch(
-    state: ClusterState, tickets: Sequence[Ticket], replicas: Sequence[Replica], ready: Sequence[Replica]
-) -> list[Ticket]:
+def _assign_batch(state: ClusterState, tickets: Sequence[Ticket], replicas: Sequence[Replica]) -> list[Ticket]:
     """Assign one batch at least cost; the tickets that found no place, in order."""
     requests = [state.requests[ticket.request] for ticket in tickets]
     entries = [request.entry for request in requests]
     steps_s = pace([replica.load for replica in replicas], [_capacity(replica) for replica in replicas])
-    costs = [_costs(state, request, replicas, steps_s, ready) for request in requests]
+    costs = [_costs(state, request, replicas, steps_s) for request in requests]
     room = [_room(state, replica) for replica in replicas]
     congestion = [
         congestion_s(entries, _capacity(replica), step_s) for replica, step_s in zip(replicas, steps_s, strict=True)
@@ -205,18 +209,14 @@ def _assign_batch(
     return left
 
 
-def _costs(
-    state: ClusterState,
-    request: Request,
-    replicas: Sequence[Replica],
-    steps_s: Sequence[float],
-    ready: Sequence[Replica],
-) -> list[float]:
+def _costs(state: ClusterState, request: Request, replicas: Sequence[Replica], steps_s: Sequence[float]) -> list[float]:
     """Predicted seconds on each replica; inf where it may not run."""
     entry = request.entry
     excluded = set(entry.exclude)
-    if excluded and all(_name(replica) in excluded for replica in ready) and _waited_out(state, request):
-        excluded.clear()
+    if excluded and _waited_out(state, request):
+        ready = state.served_by(state.deployments[entry.deployment])
+        if all(_name(replica) in excluded for replica in ready):
+            excluded.clear()
 
     def may_run(replica: Replica) -> bool:
         barred = excluded and _name(replica) in excluded

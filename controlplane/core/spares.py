@@ -27,12 +27,13 @@ Place = tuple[NodeId, str]
 def settle(state: ClusterState) -> None:
     """Make the spares those that are wanted now, and tell them what to load."""
     wanting = [one for one in state.deployments.values() if one.record.spares and not one.removed]
-    if not may_place(state) or not (wanting or any(node.spares for node in state.nodes.values())):
+    if not (wanting or state.spared) or not may_place(state):
         return
     free = {(node.node, device.device): device.held for node in free_nodes(state) for device in node.free}
     wanted: dict[Place, Spare] = {}
     for deployment in wanting:
         wanted |= _wanted(state, deployment, {place: held for place, held in free.items() if place not in wanted})
+    state.spared = bool(wanted)
     for node in state.nodes.values():
         node.spares = {device: spare for (name, device), spare in wanted.items() if name == node.node}
         for device, spare in node.spares.items():

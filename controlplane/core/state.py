@@ -99,6 +99,8 @@ class ClusterState:
     links: dict[ConnectionId, Link] = field(default_factory=dict[ConnectionId, Link])
     deployments: dict[DeploymentId, Deployment] = field(default_factory=dict[DeploymentId, Deployment])
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
+    # Some node may have spares.
+    spared: bool = False
     # Nodes that drain, and perhaps some that did.
     draining: set[NodeId] = field(default_factory=set[NodeId])
     # An index of replicas.
@@ -166,8 +168,22 @@ class ClusterState:
     def served_by(self, deployment: Deployment) -> Iterator[Replica]:
         """Replicas of `deployment` that may be given requests."""
         for replica in deployment.replicas.values():
-            if replica.phase is ReplicaPhase.READY and self.driver(replica) is not None:
+            if self.serves(replica):
                 yield replica
+
+    def serves(self, replica: Replica) -> bool:
+        """It may be given requests."""
+        return replica.phase is ReplicaPhase.READY and self.driver(replica) is not None
+
+    def weigh(self, replica: Replica) -> None:
+        """Its load changed, or whether it serves: it has another place among its equals."""
+        deployment = self.deployments.get(replica.deployment)
+        if deployment is None:
+            return
+        if self.serves(replica) and replica.capacity is not None:
+            deployment.ladder.put(replica.index, replica.load.sequences / replica.capacity.max_sequences)
+        else:
+            deployment.ladder.drop(replica.index)
 
     def driver(self, replica: Replica) -> Node | None:
         """The node of rank 0, if all the replica's nodes have a live session."""
@@ -248,6 +264,9 @@ class ClusterState:
         step."""
         if replica.replica in self.replicas:
             self.places.note(replica)
+            self.weigh(replica)
         else:
             self.places.forget(replica)
+            if (deployment := self.deployments.get(replica.deployment)) is not None:
+                deployment.ladder.drop(replica.index)
         self.out.rows[replica.replica] = replica

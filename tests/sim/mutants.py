@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant("retry of a poison request", peers.poison_retried, ("poison",)),
     Mutant("slot reused", peers.slot_reused, ()),
     # workers and engines
-    Mutant("skip fencing: an old leader is obeyed", peers.old_leader_obeyed, OLD_LEADER),
-    Mutant("skip fencing: a permit of an old term runs", peers.old_term_runs, LATE_BODIES),
+    Mutant("skip fencing: an old leader is obeyed", peers.old_leader_obeyed, OLD_LEADER, seeds=10),
+    Mutant("skip fencing: a permit of an old term runs", peers.old_term_runs, LATE_BODIES, seeds=8),
     Mutant("skip fencing: a permit of an old epoch runs", peers.old_epoch_runs, LATE_FOR_AN_EPOCH),
     Mutant("skip fencing: two leaders of a term", peers.two_leaders_of_a_term, RESTORED),
     Mutant("shadows never ended", peers.shadows_never_ended, ()),
