@@ -6,7 +6,7 @@ workers report READY at its current epoch serves on without any regroup; anythin
 
 from __future__ import annotations
 
-from controlplane.core import spares
+from controlplane.core import spares, weights
 from controlplane.core.drains import drain
 from controlplane.core.entities import FORMING_PHASES, SERVING_PHASES, Drain, Node, Replica, SnapshotChunks
 from controlplane.core.groups import note_epoch, resend, serve
@@ -31,6 +31,7 @@ def snapshot(state: ClusterState, node: Node, chunk: WorkerSnapshot) -> None:
     node.chunks = SnapshotChunks()
     node.ranks = {rank.device: rank for rank in chunks.ranks}
     node.held = {rank.device: rank.held for rank in chunks.ranks if rank.held is not None}
+    weights.note(state, node)
     spares.begin_session(node)
     node.sequences = {sequence.request: sequence for sequence in chunks.sequences}
     joined(state, node, draining=chunk.draining)

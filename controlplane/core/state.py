@@ -99,6 +99,8 @@ class ClusterState:
     links: dict[ConnectionId, Link] = field(default_factory=dict[ConnectionId, Link])
     deployments: dict[DeploymentId, Deployment] = field(default_factory=dict[DeploymentId, Deployment])
     replicas: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
+    # Nodes whose ranks hold weights of a deployment, and perhaps some that did.
+    holders: dict[DeploymentId, dict[NodeId, None]] = field(default_factory=dict[DeploymentId, dict[NodeId, None]])
     # Some node may have spares.
     spared: bool = False
     # Nodes that drain, and perhaps some that did.

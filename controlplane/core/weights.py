@@ -22,7 +22,14 @@ def told(state: ClusterState, node: Node, said: WeightsState) -> None:
         node.held.pop(said.device, None)
     else:
         node.held[said.device] = said.held
+        note(state, node)
     state.replan = True
+
+
+def note(state: ClusterState, node: Node) -> None:
+    """The node's ranks hold something: whoever looks for it looks there."""
+    for held in node.held.values():
+        state.holders.setdefault(held.deployment, {})[node.node] = None
 
 
 def forget(state: ClusterState, deployment: DeploymentId) -> None:
@@ -41,11 +48,15 @@ def sources(state: ClusterState, deployment: DeploymentId, besides: frozenset[Pl
     The search begins at a node by chance, so that not everybody asks the same ones. Whether what a rank holds is still
     the content wanted is between the two ranks.
     """
-    nodes = list(state.nodes.values())
-    start = state.rng.randrange(len(nodes)) if nodes else 0
+    holders = state.holders.get(deployment, {})
+    names = list(holders)
+    start = state.rng.randrange(len(names)) if names else 0
     found: list[WeightSource] = []
-    for node in [*nodes[start:], *nodes[:start]]:
-        if is_session_live(node):
+    for name in [*names[start:], *names[:start]]:
+        node = state.nodes.get(name)
+        if node is None or not any(held.deployment == deployment for held in node.held.values()):
+            del holders[name]
+        elif is_session_live(node):
             found.extend(_at(node, deployment, besides))
         if len(found) >= SOURCES_MAX:
             break

@@ -170,4 +170,4 @@ def test_not_everybody_is_a_source() -> None:
     cluster.settle()
     found = sources(cluster.state, M, frozenset())
     assert len(found) == SOURCES_MAX
-    assert found != sources(cluster.state, M, frozenset()) or found != sources(cluster.state, M, frozenset())
+    assert len({sources(cluster.state, M, frozenset()) for _ in range(10)}) > 1
