@@ -111,10 +111,16 @@ def on_shadow(state: GatewayState, key: WorkerKey, chunk: Shadow) -> list[Effect
         return []
     if not chunk.missing:
         known = search.parts.get(key)
-        search.parts[key] = chunk if known is None else replace(known, choices=(*known.choices, *chunk.choices))
+        search.parts[key] = chunk if known is None else _with_choices(known, chunk)
     if chunk.last:
         search.waiting.discard(key)
     return conclude(state, search)
+
+
+def _with_choices(known: Shadow, chunk: Shadow) -> Shadow:
+    """A choice that comes again says the same."""
+    held = {choice.index for choice in known.choices}
+    return replace(known, choices=(*known.choices, *(one for one in chunk.choices if one.index not in held)))
 
 
 def give_up(state: GatewayState, key: WorkerKey) -> list[Effect]:
