@@ -189,7 +189,6 @@ def _snapshot(turn: Turn) -> Iterator[WorkerSnapshot]:
             replica=rank.replica,
             epoch=rank.epoch,
             rank=rank.rank,
-            weights=rank.weights,
             held=rank.held,
         )
         for rank in state.ranks.values()

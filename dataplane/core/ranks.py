@@ -92,7 +92,7 @@ def _exit_state(
 
 def _clear(rank: Rank, reason: Reason) -> None:
     rank.pid, rank.phase, rank.sample = 0, RankPhase.EXITED, None
-    rank.weights, rank.held, rank.preload = "", None, None
+    rank.held = rank.preload = None
     rank.aborting, rank.leaving, rank.let_go_by, rank.killed = None, False, None, None
     rank.fault = reason
 
@@ -171,13 +171,11 @@ def _obey(turn: Turn, rank: Rank, frame: frames.RankFrame) -> None:
         case frames.Failed():
             _failed(turn, replica, rank, frame.reason)
         case frames.Prepared():
-            rank.weights = frame.weights
             replica.rendezvous = replica.rendezvous or frame.rendezvous
             _stage_done(turn, replica, rank, ReplicaPhase.PREPARING)
         case frames.Formed():
             _stage_done(turn, replica, rank, ReplicaPhase.FORMING)
         case frames.Loaded():
-            rank.weights = frame.weights
             if rank.device == replica.driver:
                 replica.capacity = frame.capacity
             _stage_done(turn, replica, rank, ReplicaPhase.LOADING)

@@ -119,7 +119,6 @@ class Rank:
     replica: ReplicaId = ReplicaId("")
     epoch: Epoch = Epoch(0)
     rank: int = 0
-    weights: str = ""
     # What its process holds of a model.
     held: HeldWeights | None = None
     # What it loads ahead of need, and when it last moved.

@@ -37,7 +37,6 @@ def preload(turn: Turn, message: PreloadWeights) -> None:
 def holds(turn: Turn, rank: Rank, frame: frames.Holds) -> None:
     """A rank's word on what it holds."""
     rank.held = frame.held
-    rank.weights = frame.held.fingerprint if frame.held is not None else ""
     if rank.preload is not None and (frame.reason is not None or _is_of(frame.held, rank.preload.frame)):
         rank.preload = None
         details = {"device": rank.device}

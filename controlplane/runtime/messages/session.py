@@ -88,8 +88,6 @@ class RankInfo:
     replica: ReplicaId = ReplicaId("")
     epoch: Epoch = Epoch(0)
     rank: int = 0
-    # Fingerprint of the weights shard the process holds; empty: none.
-    weights: str = ""
     held: HeldWeights | None = None
 
 

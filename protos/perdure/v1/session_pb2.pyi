@@ -116,14 +116,13 @@ class WorkerSnapshot(_message.Message):
     def __init__(self, ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ..., sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ..., last: _Optional[bool] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class RankInfo(_message.Message):
-    __slots__ = ("device", "pid", "phase", "replica", "epoch", "rank", "weights", "held")
+    __slots__ = ("device", "pid", "phase", "replica", "epoch", "rank", "held")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     device: str
     pid: int
@@ -131,9 +130,8 @@ class RankInfo(_message.Message):
     replica: str
     epoch: int
     rank: int
-    weights: str
     held: HeldWeights
-    def __init__(self, device: _Optional[str] = ..., pid: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.RankPhase, str]] = ..., replica: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., weights: _Optional[str] = ..., held: _Optional[_Union[HeldWeights, _Mapping]] = ...) -> None: ...
+    def __init__(self, device: _Optional[str] = ..., pid: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.RankPhase, str]] = ..., replica: _Optional[str] = ..., epoch: _Optional[int] = ..., rank: _Optional[int] = ..., held: _Optional[_Union[HeldWeights, _Mapping]] = ...) -> None: ...
 
 class HeldWeights(_message.Message):
     __slots__ = ("deployment", "degrees", "rank", "fingerprint", "address")
