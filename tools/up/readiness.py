@@ -22,7 +22,7 @@ PHASE_NOTES = {
     common_pb2.REPLICA_PHASE_FORMING: "forming its group",
     common_pb2.REPLICA_PHASE_READY: "ready",
 }
-
+GIVEN_UP = (common_pb2.REPLICA_PHASE_DEGRADED, common_pb2.REPLICA_PHASE_FAILED)
 
 READY_SHARE = 0.9
 """Of the cluster's bar; the rest is for the gateways to agree."""
@@ -65,7 +65,7 @@ def _show(status: admin_pb2.StatusResponse, deployment: str, display: Display) -
     for replica in status.replicas:
         if replica.deployment != deployment:
             continue
-        if replica.phase == common_pb2.REPLICA_PHASE_DEGRADED:
+        if replica.phase in GIVEN_UP:
             raise ModelRefused(f"replica {replica.id} cannot be brought up: {replica.reason.text}")
         fraction = 1.0 if replica.phase == common_pb2.REPLICA_PHASE_READY else replica.load_fraction
         note = PHASE_NOTES.get(replica.phase) or replica.load_stage or "loading"
