@@ -34,6 +34,9 @@ CHUNK_ELEMENTS = 1 << 18
 CHUNK_ELEMENTS_GPU = 1 << 22
 """And of so many on a GPU, which wants much work at a time; sorting them takes some ten times their memory."""
 
+PART_ELEMENTS, PART_ELEMENTS_MIN = 512, 64
+"""Parts of a row that the largest logit is looked for in."""
+
 GREEDY_BELOW = 1e-5
 """Temperatures below this take the arg-max."""
 
@@ -88,8 +91,8 @@ class Sampler:
         if best_N is not None and all(row is None for row in rows):
             return best_N
         if best_N is None:
-            # A NaN is the largest value to max, so the best one tells for the row. argmax takes four times as long.
-            value_N, tokens_N = logits_NV.max(-1) if len(rows) else (logits_NV.new_zeros(0), _ids((), logits_NV))
+            # A NaN is the largest value to max, so the best one tells for the row.
+            value_N, tokens_N = largest(logits_NV) if len(rows) else (logits_NV.new_zeros(0), _ids((), logits_NV))
             sick_N = ~torch.isfinite(value_N)
         else:
             tokens_N, sick_N = best_N, best_N < 0
@@ -206,6 +209,18 @@ class Sampler:
 
     def _column(self, values: Sequence[float]) -> Tensor:
         return place(np.array(values, dtype=np.float32), self._device).unsqueeze(-1)
+
+
+def largest(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest value and where it first stands. argmax takes four times as long as max, and max three times
+    as long on a CPU as the largest values of parts, the best of these, and its place in its part."""
+    width = math.gcd(logits_NV.shape[1], PART_ELEMENTS)
+    if logits_NV.device.type != "cpu" or width < PART_ELEMENTS_MIN:
+        return logits_NV.max(-1)
+    parts_NCW = logits_NV.unflatten(1, (-1, width))
+    value_N, part_N = parts_NCW.amax(-1).max(-1)
+    part_NW = parts_NCW[torch.arange(len(part_N)), part_N]
+    return value_N, part_N * width + part_NW.max(-1).indices
 
 
 _Draw = Callable[[Tensor, list[SampleRow]], Tensor]

@@ -11,7 +11,7 @@ from controlplane.runtime.messages.common import Sampling
 from controlplane.runtime.packing import unpack_f32, unpack_u32
 from dataplane.engine.logprobs import describe
 from dataplane.engine.noise import draw_key, gumbel, keys, mix, mix_, token_words
-from dataplane.engine.sampler import CANDIDATES_MORE, Sampler, SampleRow, adjust
+from dataplane.engine.sampler import CANDIDATES_MORE, Sampler, SampleRow, adjust, largest
 from dataplane.engine.validation import refusal
 from dataplane.frames import SequenceId
 
@@ -278,3 +278,19 @@ def test_parameters_that_cannot_be_followed_are_named(sampling: Sampling, name: 
 
 def test_usual_parameters_are_followed() -> None:
     assert refusal(Sampling(top_k=40, top_p=0.9, logprobs=5, stop_ids=(99,), logit_bias={0: -100.0}), 100) is None
+
+
+@pytest.mark.parametrize("vocabulary", [323, 1024, 192 * 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_logit_is_found_by_parts(vocabulary: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(9, vocabulary).to(dtype)
+    logits[1, 200] = logits[1, 40] = logits[1, 300] = 50
+    logits[2, 7] = float("nan")
+    logits[3] = float("-inf")
+    value_N, index_N = largest(logits)
+    wanted = logits.max(-1)
+    assert torch.equal(value_N.nan_to_num(99), wanted.values.nan_to_num(99))
+    assert index_N.tolist() == wanted.indices.tolist()
+    assert index_N[1] == 40
+    assert index_N[2] == 7
