@@ -6,6 +6,8 @@ positions of a tile, B sequences of a group, R query rows a KV head.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,19 @@ from dataplane.engine.attention import Score
 from dataplane.engine.inputs import StepInputs
 from dataplane.engine.kv_cache import KVCache
 from dataplane.engine.tiles import ROWS_MULTIPLE, TileGroup, cut
+from dataplane.models.recognise import TURNS, turn_halves
 from dataplane.progress import ProgressPage
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrangement:
+    """A step's work for layers with the same window and heads."""
+
+    groups: list[TileGroup]
+    # Where each row of the step finds its result, the groups' results one behind the other.
+    places_T: Tensor
 
 
 class CpuAttentionStep:
@@ -25,30 +37,60 @@ class CpuAttentionStep:
         self._cache = cache
         self._inputs = inputs
         self._page = page
-        self._groups: dict[tuple[int | None, int, int], list[TileGroup]] = {}
+        self._arrangements: dict[tuple[int | None, int, int], Arrangement] = {}
+        # Rotary tables as layers want them, each beside the one it is made of.
+        self._turns: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
     def attend(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, score: Score) -> Tensor:
         """See AttentionStep."""
         self._cache.write(layer, self._inputs.slots_T, k_TKD, v_TKD)
         heads, kv_heads = q_THD.shape[1], k_TKD.shape[1]
-        out_THD = q_THD.new_empty(q_THD.shape[0], heads, v_TKD.shape[2])
-        for group in self._arrange(score.window, heads // kv_heads, k_TKD.shape[1] * q_THD.shape[2], q_THD.dtype):
+        work = self._arrange(score.window, heads // kv_heads, kv_heads * q_THD.shape[2], q_THD.dtype)
+        results: list[Tensor] = []
+        for group in work.groups:
             k, v = self._cache.gather(layer, group.blocks, q_THD.dtype)
-            q_BKRD = fold(q_THD[group.rows], kv_heads, group.queries)
-            mixed_BKRD = attend_tiles(q_BKRD, by_tile(k, group), by_tile(v, group), group, score)
-            out_THD[group.rows] = unfold(mixed_BKRD, heads, group.queries)
-        entries = self._inputs.ragged.tokens
-        if entries < out_THD.shape[0]:
-            out_THD[entries:] = out_THD[entries - 1]
+            rows = group.rows
+            q = q_THD[rows] if isinstance(rows, slice) else q_THD.index_select(0, rows)
+            mixed_BKRD = attend_tiles(
+                fold(q, kv_heads, group.queries), by_tile(k, group), by_tile(v, group), group, score
+            )
+            results.append(unfold(mixed_BKRD, heads, group.queries))
         if self._page is not None:
             self._page.advance()
-        return out_THD
+        return (results[0] if len(results) == 1 else torch.cat(results)).index_select(0, work.places_T)
 
-    def _arrange(self, window: int | None, heads_per_kv: int, width: int, dtype: torch.dtype) -> list[TileGroup]:
+    def turn(self, tables: tuple[Tensor, Tensor], layout: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, 1, R) of tables (1, T, R), the sign of each dimension's partner in its sine."""
+        for table, made in self._turns:
+            if table is tables[1]:
+                return made
+        cos, sin = (table[0].unsqueeze(1) for table in tables)
+        if TURNS[layout] is turn_halves:
+            first, second = sin.chunk(2, dim=-1)
+            sin = torch.cat((-first, second), dim=-1)
+        else:
+            sin = torch.stack((-sin[..., ::2], sin[..., 1::2]), dim=-1).flatten(-2)
+        self._turns.append((tables[1], (cos, sin)))
+        return cos, sin
+
+    def _arrange(self, window: int | None, heads_per_kv: int, width: int, dtype: torch.dtype) -> Arrangement:
         key = (window, heads_per_kv, width)
-        if key not in self._groups:
-            self._groups[key] = list(cut(self._inputs.ragged, window, heads_per_kv, width, dtype))
-        return self._groups[key]
+        work = self._arrangements.get(key)
+        if work is None:
+            ragged = self._inputs.ragged
+            groups = list(cut(ragged, window, heads_per_kv, width, dtype))
+            work = Arrangement(groups, _places(groups, ragged.tokens, len(self._inputs.tokens_T)))
+            self._arrangements[key] = work
+        return work
+
+
+def _places(groups: list[TileGroup], tokens: int, rows: int) -> Tensor:
+    """Of rows behind the step's tokens, which repeat the last one: that one's place."""
+    numbers = torch.arange(tokens)
+    order = torch.cat([numbers[group.rows] for group in groups])
+    places_T = torch.empty(tokens, dtype=torch.long)
+    places_T[order] = numbers
+    return torch.cat((places_T, places_T[-1:].expand(rows - tokens)))
 
 
 def fold(q: Tensor, kv_heads: int, queries: int) -> Tensor:

@@ -31,7 +31,7 @@ from dataplane.engine.plan import StepPlan
 from dataplane.engine.staging import Section, Staging
 from dataplane.kernels.feed import feed
 from dataplane.kernels.greedy import greedy
-from dataplane.models.accelerate import ends_early
+from dataplane.models.fast_layers import ends_early
 from dataplane.models.fit import FittedModel
 from dataplane.progress import ProgressPage
 

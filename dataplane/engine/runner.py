@@ -23,8 +23,10 @@ from dataplane.engine.attention import ATTENTION, running
 from dataplane.engine.attention_cpu import CpuAttentionStep
 from dataplane.engine.inputs import StepInputs, prepare, unpack
 from dataplane.engine.kv_cache import KVCache
-from dataplane.engine.linear import pack
+from dataplane.engine.linear import ROWS_MIN, pack
 from dataplane.engine.plan import StepPlan, probe_plan
+from dataplane.models.accelerate import Kit, accelerate, is_accelerated
+from dataplane.models.cpu_layers import CpuKit
 from dataplane.models.fit import FittedModel, assert_attention_reached
 from dataplane.parallel.groups import Sent
 from dataplane.parallel.mesh import Mesh
@@ -36,17 +38,11 @@ if TYPE_CHECKING:
     from dataplane.engine.cuda_steps import CudaSteps
     from dataplane.engine.cuda_work import WorkMaker
 
-ROWS_MIN_PACKED = 2
-"""A packed product of one row has other bits than that of more (linear.py)."""
-
 PROBE_TOKENS_FIRST = 48
 """Length of the prompt that fast modules are compared on."""
 
 FAST_ERROR_MAX = 0.1
 """Relative difference that other roundings may make in half precision; a wrong module makes one near 1."""
-
-ROWS_MIN_ROUTED = 4
-"""Routers compute with plain products of their own, and those have other bits below four rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,11 +88,8 @@ class ModelRunner:
     ) -> None:
         """Puts the weights into the form that is fastest here; `report` gets the share that is done."""
         self._modes = modes
-        # Rows that a step has at least; equal on all ranks, for hidden states travel between them.
-        self.rows_min = 1
         if device.type == "cpu":
             pack(model.module, report)
-            self.rows_min = ROWS_MIN_ROUTED if _routes(model) else ROWS_MIN_PACKED
         self._device = device
         self._block_tokens = block_tokens
         self._page = page
@@ -155,7 +148,7 @@ class ModelRunner:
                 self._block_tokens,
                 self._device,
                 needs_rope_lengths=self._model.needs_rope_lengths,
-                rows_min=self.rows_min,
+                rows_min=ROWS_MIN,
             )
             out = self._forward(inputs, self._tokens(inputs))
             self._ends_E = np.cumsum(unpack(plan.logit_counts)) - 1
@@ -215,11 +208,8 @@ class ModelRunner:
             self._choose_attention()
         self.allocate(-(-tokens // self._block_tokens))
         plan = probe_plan(tokens, self._block_tokens)
-        if self._device.type == "cuda":
-            self._accelerate(probe_plan(min(tokens, PROBE_TOKENS_FIRST), self._block_tokens))
-            self._probe(plan)
-        else:
-            assert_attention_reached(self._model, lambda: self._probe(plan), ATTENTION)
+        self._accelerate(probe_plan(min(tokens, PROBE_TOKENS_FIRST), self._block_tokens))
+        self._probe(plan)
         begun = time.perf_counter()
         self._probe(plan)
         elapsed = time.perf_counter() - begun
@@ -228,22 +218,35 @@ class ModelRunner:
 
     def _accelerate(self, plan: StepPlan) -> None:
         """Put fast modules in, once; assert that they compute what the model does."""
-        from dataplane.engine.linear_cuda import take_over
-        from dataplane.models.accelerate import accelerate, is_accelerated
-
         if is_accelerated(self._model.module):
-            take_over(self._model.module, exact=self._modes.exact)
+            self._take_over()
             return
-        assert_attention_reached(self._model, lambda: self._probe(plan), ATTENTION)
-        before = self._probe(plan)
-        accelerate(self._model.module, self._model.max_model_tokens, whole=self._mesh.pipeline.size == 1)
-        take_over(self._model.module, exact=self._modes.exact)
-        self._steps = self._new_steps(len(self._cache.keys[0]))
-        after = self._probe(plan)
+        seen: list[Tensor | None] = []
+        assert_attention_reached(self._model, lambda: seen.append(self._probe(plan)), ATTENTION)
+        accelerate(self._model.module, self._kit(), whole=self._mesh.pipeline.size == 1)
+        self._take_over()
+        if self._steps is not None:
+            self._steps = self._new_steps(len(self._cache.keys[0]))
+        before, after = seen[0], self._probe(plan)
         if before is None or after is None:
             return
         error = float((after - before).norm() / before.norm())
         assert error < FAST_ERROR_MAX, f"fast modules change the logits by {error:.3f}"
+
+    def _kit(self) -> Kit:
+        if self._device.type == "cpu":
+            return CpuKit()
+        # Only here: its kernels exist on hosts with a GPU alone.
+        from dataplane.models.fast_layers import GpuKit
+
+        return GpuKit(self._model.max_model_tokens)
+
+    def _take_over(self) -> None:
+        """On a GPU, let products go through what is fastest there."""
+        if self._device.type == "cuda":
+            from dataplane.engine.linear_cuda import take_over
+
+            take_over(self._model.module, exact=self._modes.exact)
 
     def _probe(self, plan: StepPlan) -> Tensor | None:
         """The step's logits, at the driver."""
@@ -309,8 +312,3 @@ class ModelRunner:
         if self._choice is not None:
             return self._choice.text
         return "Triton over the paged cache" if self._device.type == "cuda" else "torch's flash kernel, by tiles"
-
-
-def _routes(model: FittedModel) -> bool:
-    """Whether it has experts."""
-    return any(hasattr(item, "perdure_experts") for item in model.module.modules())

@@ -67,8 +67,6 @@ def set_up(
     )
     report("measure", PACK_SHARE)
     meet(model.mesh.control)
-    # Some stages have routers, some have not.
-    runner.rows_min = max(all_gather_data(model.mesh.control, runner.rows_min))
     probe = min(spec.max_batch_tokens, model.max_model_tokens)
     if device.type == "cpu":
         probe = min(probe, PROBE_TOKENS_CPU)

@@ -1,30 +1,50 @@
-"""Puts fast modules (fast_layers.py) where a loaded model computes what they compute (recognise.py)."""
+"""Puts fast modules where a loaded model computes what they compute (recognise.py): on a GPU those of fast_layers.py,
+on a CPU those of cpu_layers.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dataplane.engine.attention import Score
-from dataplane.kernels.rotary import HeadNorm
-from dataplane.models.fast_layers import FastAttention, FastLayer, FastMLP, FastNorm, Heads, RotaryTable
-from dataplane.models.recognise import (
-    AttentionFacts,
-    NormFacts,
-    attention_facts,
-    gate_activation,
-    is_plain_layer,
-    norm_facts,
-)
+from dataplane.models.recognise import AttentionFacts, NormFacts, attention_facts, gate_activation, norm_facts
 from dataplane.models.rotary import Rotary
-from dataplane.models.structure import attention_modules, decoder_of, layers_of, replace_module
-from dataplane.parallel.tensor import FusedPart, Linear
+from dataplane.models.structure import attention_modules, layers_of, replace_module
+from dataplane.parallel.tensor import FusedLinear, FusedPart, Linear
 
 _DONE = "perdure_accelerated"
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Local head counts."""
+
+    query: int
+    key_value: int
+    dim: int
+
+
+class Kit(Protocol):
+    """The fast modules of one kind of device."""
+
+    def norm(self, weight_H: Tensor, facts: NormFacts) -> nn.Module:
+        """In the place of an RMS norm."""
+        ...
+
+    def mlp(self, up: Linear, down: nn.Module, activation: int) -> nn.Module:
+        """Of `down(activation(gate) · up)`; `up` gives gate and up, one after the other."""
+        ...
+
+    def attention(self, module: Any, qkv: FusedLinear, heads: Heads, facts: AttentionFacts) -> nn.Module:
+        """In the place of `module`, whose queries, keys and values are the parts of `qkv`."""
+        ...
+
+    def finish(self, model: PreTrainedModel, layers: str, *, whole: bool) -> int:
+        """Replace what all these stand in; `layers` is the path of the list of layers. `whole`: all are here. Returns
+        how many layers are fast ones."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +57,16 @@ class Accelerated:
     layers: int
 
 
-def accelerate(model: PreTrainedModel, positions: int, *, whole: bool) -> Accelerated:
-    """Replace what can be. `positions`: as many as a sequence may have. `whole`: all layers are here, so that the
-    residual stream may be carried in two parts, and may end where nothing but logits follows."""
-    path, layers = layers_of(model)
+def accelerate(model: PreTrainedModel, kit: Kit, *, whole: bool) -> Accelerated:
+    """Replace what can be. `whole`: all layers are here, so that the residual stream may be carried in two parts, and
+    may end where nothing but logits follows."""
+    # Found by their attention modules: before these are replaced.
+    path, _ = layers_of(model)
     rotated = _rotary_width(model)
-    attention = sum(_replace_attention(model, path, rotated) for path, _ in list(attention_modules(model)))
-    feed_forward = sum(_replace_mlp(model, path) for path, _ in list(model.named_modules()) if path)
-    norms = sum(_replace_norm(model, path) for path, _ in list(model.named_modules()) if path)
-    layers = _replace_layers(model, path, layers) if whole else 0
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Rotary) and not module.by_length:
-            replace_module(model, name, RotaryTable(module, positions))
+    attention = sum(_replace_attention(model, kit, item, rotated) for item, _ in list(attention_modules(model)))
+    feed_forward = sum(_replace_mlp(model, kit, item) for item, _ in list(model.named_modules()) if item)
+    norms = sum(_replace_norm(model, kit, item) for item, _ in list(model.named_modules()) if item)
+    layers = kit.finish(model, path, whole=whole)
     setattr(model, _DONE, True)
     return Accelerated(attention, feed_forward, norms, layers)
 
@@ -64,7 +82,7 @@ def _rotary_width(model: nn.Module) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def _replace_attention(model: nn.Module, path: str, rotated: int | None) -> bool:
+def _replace_attention(model: nn.Module, kit: Kit, path: str, rotated: int | None) -> bool:
     module: Any = model.get_submodule(path)
     parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     first = parts[0]
@@ -78,30 +96,11 @@ def _replace_attention(model: nn.Module, path: str, rotated: int | None) -> bool
     facts = attention_facts(module, (query, key_value), dim, rotated)
     if facts is None:
         return False
-    fast = FastAttention(
-        qkv,
-        module.o_proj,
-        Heads(query, key_value, dim),
-        Score(facts.scaling, facts.window, facts.softcap),
-        facts.layout,
-        _head_norms(module, facts),
-        int(module.perdure_layer),
-    )
-    replace_module(model, path, fast)
+    replace_module(model, path, kit.attention(module, qkv, Heads(query, key_value, dim), facts))
     return True
 
 
-def _head_norms(module: Any, facts: AttentionFacts) -> tuple[HeadNorm, HeadNorm] | None:
-    if facts.q_norm is None or facts.k_norm is None:
-        return None
-    return _head_norm(module.q_norm.weight, facts.q_norm), _head_norm(module.k_norm.weight, facts.k_norm)
-
-
-def _head_norm(weight: Tensor, facts: NormFacts) -> HeadNorm:
-    return HeadNorm(weight, facts.epsilon, facts.kind)
-
-
-def _replace_mlp(model: nn.Module, path: str) -> bool:
+def _replace_mlp(model: nn.Module, kit: Kit, path: str) -> bool:
     try:
         module: Any = model.get_submodule(path)
     except AttributeError:
@@ -116,44 +115,17 @@ def _replace_mlp(model: nn.Module, path: str) -> bool:
     activation = gate_activation(module)
     if activation is None:
         return False
-    replace_module(model, path, FastMLP(up, module.down_proj, activation))
+    replace_module(model, path, kit.mlp(up, module.down_proj, activation))
     return True
 
 
-def _replace_norm(model: nn.Module, path: str) -> bool:
+def _replace_norm(model: nn.Module, kit: Kit, path: str) -> bool:
     try:
         module: Any = model.get_submodule(path)
     except AttributeError:
         return False
     facts = norm_facts(module) if hasattr(module, "weight") and isinstance(module.weight, nn.Parameter) else None
-    if facts is None or isinstance(module, FastNorm):
+    if facts is None:
         return False
-    replace_module(model, path, FastNorm(module.weight, facts.epsilon, facts.kind))
+    replace_module(model, path, kit.norm(module.weight, facts))
     return True
-
-
-def _replace_layers(model: PreTrainedModel, path: str, layers: nn.ModuleList) -> int:
-    """All layers or none: only a layer that knows a Stream, and a last norm that does, may follow one."""
-    decoder: Any = decoder_of(model)
-    if not isinstance(getattr(decoder, "norm", None), FastNorm):
-        return 0
-    if not all(_is_fast(layer) and is_plain_layer(layer) for layer in layers):
-        return 0
-    for index, layer in enumerate(layers):
-        parts: Any = layer
-        fast = FastLayer(layer, parts.input_layernorm, parts.self_attn, parts.post_attention_layernorm, parts.mlp)
-        replace_module(model, f"{path}.{index}", fast)
-    last: Any = model.get_submodule(f"{path}.{len(layers) - 1}")
-    if isinstance(last.attention, FastAttention):
-        last.attention.is_last = True
-    return len(layers)
-
-
-def ends_early(model: nn.Module) -> bool:
-    """Whether the model gives hidden states of those rows alone whose logits are wanted."""
-    return any(isinstance(module, FastLayer) and module.is_last for module in model.modules())
-
-
-def _is_fast(layer: Any) -> bool:
-    norms = (getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm"))
-    return all(isinstance(norm, FastNorm) for norm in norms) and torch.is_tensor(layer.input_layernorm.weight)

@@ -8,19 +8,22 @@ Shape letters: T tokens, H hidden size, X all heads of queries, keys and values,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dataplane.engine.attention import Score, running_step
 from dataplane.engine.attention_cuda import CudaAttentionStep, Turn
 from dataplane.kernels.gated import gated
 from dataplane.kernels.norm import add_rms_norm, rms_norm
 from dataplane.kernels.rotary import HeadNorm
+from dataplane.models.accelerate import Heads
+from dataplane.models.recognise import PLAIN_PARTS, AttentionFacts, NormFacts, is_plain_layer
 from dataplane.models.rotary import Rotary
-from dataplane.parallel.tensor import Linear
+from dataplane.models.structure import decoder_of, replace_module
+from dataplane.parallel.tensor import FusedLinear, Linear
 
 
 class Stream(NamedTuple):
@@ -60,15 +63,6 @@ class FastMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(gated(Linear.forward(self.up, x), self.activation))
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """Local head counts."""
-
-    query: int
-    key_value: int
-    dim: int
 
 
 class FastAttention(nn.Module):
@@ -160,3 +154,66 @@ class RotaryTable(nn.Module):
             table = self.rotary(x, every, layer_type)
             self._tables[x.dtype, layer_type] = table
         return table[0][:, position_ids[0]], table[1][:, position_ids[0]]
+
+
+class GpuKit:
+    """See Kit."""
+
+    def __init__(self, positions: int) -> None:
+        """`positions`: as many as a sequence may have."""
+        self._positions = positions
+
+    def norm(self, weight_H: Tensor, facts: NormFacts) -> nn.Module:
+        return FastNorm(weight_H, facts.epsilon, facts.kind)
+
+    def mlp(self, up: Linear, down: nn.Module, activation: int) -> nn.Module:
+        return FastMLP(up, down, activation)
+
+    def attention(self, module: Any, qkv: FusedLinear, heads: Heads, facts: AttentionFacts) -> nn.Module:
+        score = Score(facts.scaling, facts.window, facts.softcap)
+        norms = _head_norms(module, facts)
+        return FastAttention(qkv, module.o_proj, heads, score, facts.layout, norms, int(module.perdure_layer))
+
+    def finish(self, model: PreTrainedModel, layers: str, *, whole: bool) -> int:
+        count = _replace_layers(model, layers) if whole else 0
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Rotary) and not module.by_length:
+                replace_module(model, name, RotaryTable(module, self._positions))
+        return count
+
+
+def ends_early(model: nn.Module) -> bool:
+    """Whether the model gives hidden states of those rows alone whose logits are wanted."""
+    return any(isinstance(module, FastLayer) and module.is_last for module in model.modules())
+
+
+def _head_norms(module: Any, facts: AttentionFacts) -> tuple[HeadNorm, HeadNorm] | None:
+    if facts.q_norm is None or facts.k_norm is None:
+        return None
+    return _head_norm(module.q_norm.weight, facts.q_norm), _head_norm(module.k_norm.weight, facts.k_norm)
+
+
+def _head_norm(weight: Tensor, facts: NormFacts) -> HeadNorm:
+    return HeadNorm(weight, facts.epsilon, facts.kind)
+
+
+def _replace_layers(model: PreTrainedModel, path: str) -> int:
+    """All layers or none: only a layer that knows a Stream, and a last norm that does, may follow one."""
+    layers: Any = model.get_submodule(path)
+    decoder: Any = decoder_of(model)
+    if not isinstance(getattr(decoder, "norm", None), FastNorm):
+        return 0
+    if not all(_is_fast(layer) and is_plain_layer(layer) for layer in layers):
+        return 0
+    for index, layer in enumerate(layers):
+        parts = (getattr(layer, name) for name in PLAIN_PARTS)
+        replace_module(model, f"{path}.{index}", FastLayer(layer, *parts))
+    last: Any = model.get_submodule(f"{path}.{len(layers) - 1}")
+    if isinstance(last.attention, FastAttention):
+        last.attention.is_last = True
+    return len(layers)
+
+
+def _is_fast(layer: Any) -> bool:
+    norms = (getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm"))
+    return all(isinstance(norm, FastNorm) for norm in norms) and torch.is_tensor(layer.input_layernorm.weight)

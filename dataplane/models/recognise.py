@@ -10,7 +10,7 @@ Shape letters: T tokens, H hidden size, D head size, R rotated dimensions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,24 +159,43 @@ def attention_facts(module: Any, heads: tuple[int, int], dim: int, rotated: int)
 
 def is_plain_layer(layer: nn.Module) -> bool:
     """Whether a decoder layer is x + A(N(x)), then x + M(N'(x)), of its four parts."""
-    wanted = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-    if {name for name, _ in layer.named_children()} != wanted:
+    return _is_layer_of(layer, PLAIN_PARTS, lambda f, x: x + f[1](f[0](x)), lambda f, x: x + f[3](f[2](x)))
+
+
+def is_sandwich_layer(layer: nn.Module) -> bool:
+    """Whether a decoder layer is x + N2(A(N1(x))), then x + N4(M(N3(x))), of its six parts, as in Gemma 2."""
+    return _is_layer_of(
+        layer, SANDWICH_PARTS, lambda f, x: x + f[2](f[1](f[0](x))), lambda f, x: x + f[5](f[4](f[3](x)))
+    )
+
+
+PLAIN_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+SANDWICH_PARTS = (
+    "input_layernorm",
+    "self_attn",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "mlp",
+    "post_feedforward_layernorm",
+)
+"""The parts of decoder layers, in the order in which they compute. The second is the attention."""
+
+_Half = Callable[[Sequence[Callable[[Tensor], Tensor]], Tensor], Tensor]
+"""(a layer's parts, x) → x after its attention, or after its feed-forward part."""
+
+
+def _is_layer_of(layer: nn.Module, names: tuple[str, ...], first: _Half, second: _Half) -> bool:
+    if {name for name, _ in layer.named_children()} != set(names):
         return False
-    first, second = _Formula(lambda x: 0.5 * x + 1), _Formula(lambda x: 0.7 * x * x - 0.4)
-    attention, mlp = _Formula(lambda x: torch.sin(x) - 0.2), _Formula(lambda x: torch.cos(x) + 0.3)
+    formulas = [_Formula(lambda x, n=n: torch.sin((1 + 0.3 * n) * x) + 0.2 * n * x) for n in range(len(names))]
     parts: dict[str, nn.Module] = {
-        "input_layernorm": first,
-        "self_attn": _Paired(attention),
-        "post_attention_layernorm": second,
-        "mlp": mlp,
+        name: _Paired(f) if name == "self_attn" else f for name, f in zip(names, formulas, strict=True)
     }
     probe = _with(layer, parts)
     x = _sample(1, _TOKENS, 8, seed=3)
-    between = x + attention(first(x))
-    wanted_x = between + mlp(second(between))
     result = _tried(lambda: probe(x, attention_mask=None, position_ids=None, position_embeddings=(x, x)))
     result = result[0] if isinstance(result, tuple) else result
-    return isinstance(result, Tensor) and _same(result, wanted_x)
+    return isinstance(result, Tensor) and _same(result, second(formulas, first(formulas, x)))
 
 
 class _Given(nn.Module):

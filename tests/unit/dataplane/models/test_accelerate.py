@@ -40,11 +40,12 @@ WANTED = {
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_logits_stay(device: torch.device, tmp_path: Path, family: str) -> None:
     from dataplane.models.accelerate import accelerate
+    from dataplane.models.fast_layers import GpuKit
 
     spec = ReplicaSpec(deployment=DeploymentId("d"), model_path=str(tiny_model(tmp_path, family)), dtype="float32")
     model = load_model(spec, Mesh.single(), device, lambda *_: None)
     before = logits(model, device)
-    done = accelerate(model.module, 64, whole=True)
+    done = accelerate(model.module, GpuKit(64), whole=True)
     if family in WANTED:
         assert (done.attention, done.feed_forward, done.layers) == WANTED[family]
     after = logits(model, device)
