@@ -27,7 +27,7 @@ def engine_command(
     kv_cache_dtype: Annotated[Literal["auto", "fp8_e4m3"], typer.Option(help="What keys and values are kept as.")] = (
         "auto"
     ),
-    profile: Annotated[bool, typer.Option("--profile", help="On a GPU: take decode steps apart, too.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Take decode steps apart, too.")] = False,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -50,7 +50,9 @@ def engine_command(
         }
         report = engine_gpu.measure([name.strip() for name in models.split(",")], rounds, options, with_profile=profile)
     else:
-        report = engine_cpu.measure(model, rounds, with_peer=peer == "transformers", overlap=overlap)
+        report = engine_cpu.measure(
+            model, rounds, with_peer=peer == "transformers", overlap=overlap, with_profile=profile
+        )
     publish(report, json, plot)
 
 

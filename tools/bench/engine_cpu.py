@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from dataplane.models.demo import resolve_model
+from tools.bench.profile_cpu import decode_rows
 from tools.bench.rows import Report, Row
 from tools.bench.start import run_jobs, start
 from tools.bench.workloads import Job, equal_jobs, mixed_jobs
@@ -20,12 +21,14 @@ STATIC_BATCH = 16
 """Requests that the peer runs at a time."""
 
 
-def measure(model: str, rounds: int, *, with_peer: bool, overlap: str) -> Report:
-    """One request, 16 equal ones and a queue of 64 mixed ones, `rounds` times each, medians."""
+def measure(model: str, rounds: int, *, with_peer: bool, overlap: str, with_profile: bool) -> Report:
+    """One request, 16 equal ones and a queue of 64 mixed ones, `rounds` times each, medians, the two engines in turn;
+    with a profile where a decode step's time goes."""
     folder = resolve_model(model, lambda *_: None)
-    engine = start(
+    started = start(
         folder, torch.device("cpu"), dtype="bfloat16", max_sequences=STATIC_BATCH, kv_cache_tokens=8192, overlap=overlap
-    ).engine
+    )
+    engine = started.engine
     peer = _peer(str(folder)) if with_peer else None
     conditions = {
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
@@ -38,7 +41,10 @@ def measure(model: str, rounds: int, *, with_peer: bool, overlap: str) -> Report
         "queue of 64 mixed": mixed_jobs(64, 8, 96),
     }
     for name, jobs in workloads.items():
+        # What a first request sets up once is measured on neither side.
         run_jobs(engine, jobs[:1])
+        if peer is not None:
+            peer(jobs[:1])
         ours: list[float] = []
         theirs: list[float] = []
         for _ in range(rounds):
@@ -48,6 +54,8 @@ def measure(model: str, rounds: int, *, with_peer: bool, overlap: str) -> Report
         against = statistics.median(theirs) if theirs else None
         rate = statistics.median(ours)
         report.rows.append(Row(model, name, rate, "tok/s", against, "transformers.generate", higher_is_better=True))
+    if with_profile:
+        report.rows.extend(decode_rows(model, engine, started.model))
     return report
 
 

@@ -16,7 +16,7 @@ from controlplane.runtime.ids import DeploymentId, Epoch
 from controlplane.runtime.messages.common import ReplicaSpec, Sampling
 from dataplane.engine.engine import Engine
 from dataplane.engine.library import submission
-from dataplane.models.fit import load_model
+from dataplane.models.fit import FittedModel, load_model
 from dataplane.parallel.mesh import Mesh
 from tools.bench.workloads import Job, Shape
 
@@ -44,6 +44,7 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Started:
     engine: Engine
+    model: FittedModel
     # From the first line to the first request accepted.
     seconds: float
 
@@ -62,7 +63,7 @@ def start(folder: Path, device: torch.device, **options: object) -> Started:
     spec = ReplicaSpec(deployment=DeploymentId("bench"), model_path=str(folder), **options)  # type: ignore[arg-type]
     model = load_model(spec, Mesh.single(), device, lambda *_: None)
     engine = Engine(model, spec, device)
-    return Started(engine, time.perf_counter() - begun)
+    return Started(engine, model, time.perf_counter() - begun)
 
 
 def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Outcome:
