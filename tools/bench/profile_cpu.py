@@ -74,7 +74,7 @@ def decode_rows(subject: str, engine: Engine, model: FittedModel) -> list[Row]:
     head, layers = _weights(model)
     for batch in BATCHES:
         floors = {name: 1000 * _floor_s(of, batch, bandwidth, rate) for name, of in ((_HEAD, head), (_LINEARS, layers))}
-        start_decoding(engine, batch)
+        start_decoding(engine, model, batch)
         step_ms = _step_ms(engine)
         name = f"decode of {batch}"
         rows.append(Row(subject, f"{name}: a step", step_ms, "ms", sum(floors.values()), "the floors of its products"))
@@ -121,11 +121,11 @@ def _floor_s(weights: Sequence[Tensor], rows: int, bandwidth: float, rate: float
     return max(elements * weights[0].element_size() / bandwidth, 2 * elements * rows / rate)
 
 
-def start_decoding(engine: Engine, batch: int) -> None:
+def start_decoding(engine: Engine, model: FittedModel, batch: int) -> None:
     """Bring `batch` sequences past their prompts."""
     engine.reset(Epoch(0))
     sampling = Sampling(temperature=0, max_tokens=4 * _STEPS, ignore_eos=True)
-    jobs = equal_jobs(batch, PROMPT_TOKENS, 4 * _STEPS)
+    jobs = equal_jobs(batch, PROMPT_TOKENS, 4 * _STEPS, model.vocab_size - 1)
     engine.submit([submission(number, job.prompt, sampling) for number, job in enumerate(jobs)])
     answered = 0
     while answered < 4 * batch:

@@ -16,7 +16,7 @@ def test_a_step_is_taken_apart(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path, "gemma3_text")
     started = start(folder, torch.device("cpu"), dtype="float32", kv_cache_tokens=1024)
     forward = CpuNorm.forward
-    profile_cpu.start_decoding(started.engine, 1)
+    profile_cpu.start_decoding(started.engine, started.model, 1)
     parts = profile_cpu.parts_ms(started.engine, started.model, 3)
     assert all(ms > 0 for ms in parts.values()), parts
     assert CpuNorm.forward is forward
