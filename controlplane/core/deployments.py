@@ -220,7 +220,8 @@ def _place_homeless(state: ClusterState) -> None:
         for replica in sorted(waiting, key=lambda one: (served[one.deployment], one.deployment, one.index))
     }
     wanted = [_wanted(state, deployment, replica) for deployment, replica in homeless.values()]
-    for name, made in plan(wanted, free_nodes(state), state.places.siblings).items():
+    nodes = free_nodes(state, also=[member.node for replica in waiting for member in replica.members])
+    for name, made in plan(wanted, nodes, state.places.siblings).items():
         deployment, replica = homeless[name]
         if made.members:
             place(state, replica, replace(deployment.record.spec, degrees=made.degrees), made.members, made.reason)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
-from controlplane.core.entities import LeaderPhase, Node, NodePhase, Replica
+from controlplane.core.entities import LeaderPhase, Node, Replica
 from controlplane.core.state import ClusterState
 from controlplane.core.stock import FreeDevice, FreeNode, Shard
 from controlplane.runtime.ids import NodeId
@@ -16,16 +16,36 @@ from controlplane.runtime.messages.common import RankPhase
 def may_place(state: ClusterState) -> bool:
     """Devices are known well enough: after grace, or once every node in etcd has told what it holds."""
     if state.phase is LeaderPhase.REBUILDING:
-        return not any(
-            node.phase is NodePhase.KNOWN or (node.link is not None and not node.known) for node in state.nodes.values()
-        )
+        return not _is_one_untold(state)
     return state.phase is LeaderPhase.LEADING
 
 
-def free_nodes(state: ClusterState) -> list[FreeNode]:
-    """Nodes that may take ranks, each with the devices that no replica holds."""
-    taken = state.places.taken
-    return [_free_node(node, taken(node.node)) for node in state.nodes.values() if node.placeable]
+def _is_one_untold(state: ClusterState) -> bool:
+    """Those that told meanwhile are dropped on the way, so that asking takes no time by the number of nodes."""
+    while state.untold:
+        name, _ = state.untold.popitem()
+        node = state.nodes.get(name)
+        if node is not None and node.untold:
+            state.untold[name] = None
+            return True
+    return False
+
+
+def free_nodes(state: ClusterState, also: Iterable[NodeId] = ()) -> list[FreeNode]:
+    """Nodes that may take ranks, each with the devices that no replica holds. Those without any only if in `also`: a
+    large cluster that loses a node has few others to look at."""
+    names = dict.fromkeys([*_roomy(state), *also])
+    nodes = [state.nodes[name] for name in names if name in state.nodes]
+    return [_free_node(node, state.places.taken(node.node)) for node in nodes if node.placeable]
+
+
+def _roomy(state: ClusterState) -> list[NodeId]:
+    """Nodes with a device that no replica holds; those that are full meanwhile are dropped on the way."""
+    for name in list(state.places.roomy):
+        node = state.nodes.get(name)
+        if node is None or len(state.places.taken(name)) >= len(node.devices):
+            del state.places.roomy[name]
+    return list(state.places.roomy)
 
 
 def with_own(state: ClusterState, nodes: Sequence[FreeNode], replica: Replica) -> list[FreeNode]:

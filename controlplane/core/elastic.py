@@ -76,5 +76,5 @@ def tick(state: ClusterState, passed_s: float) -> None:
 def _has_room(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
     degrees = deployment.record.spec.degrees
     want = Wanted(replica=replica.replica, deployment=replica.deployment, degrees=degrees)
-    nodes = with_own(state, free_nodes(state), replica)
+    nodes = with_own(state, free_nodes(state, also=replica.nodes), replica)
     return bool(plan([want], nodes, state.places.siblings)[replica.replica].members)

@@ -195,6 +195,11 @@ class Node:
         return self.serve_address.rpartition(":")[0].strip("[]")
 
     @property
+    def untold(self) -> bool:
+        """It has yet to tell what it holds."""
+        return self.phase is NodePhase.KNOWN or (self.link is not None and not self.known)
+
+    @property
     def placeable(self) -> bool:
         """New ranks may be placed here."""
         return self.phase is NodePhase.LIVE and self.known and self.shunned_s <= 0
@@ -293,8 +298,9 @@ class Deployment:
     # What its spares were chosen from.
     covered: object = None
     queue: FairQueue = field(default_factory=FairQueue)
-    # Those that serve, and perhaps some that did, by their load.
+    # Those that serve, and perhaps some that did, by their load; but for those that are to be weighed again.
     ladder: Ladder = field(default_factory=Ladder)
+    unweighed: dict[int, None] = field(default_factory=dict[int, None])
     removed: bool = False
 
 

@@ -30,6 +30,7 @@ def check(state: ClusterState) -> None:
     _check_spares(state)
     for node in state.nodes.values():
         _check_node(node)
+        assert not node.untold or node.node in state.untold, f"{node.node} has told nothing and is not waited for"
     for replica in state.replicas.values():
         _check_replica(state, replica)
     for name, deployment in state.deployments.items():
@@ -64,6 +65,9 @@ def _check_places(state: ClusterState) -> None:
     for replica in state.replicas.values():
         fresh.note(replica)
     assert fresh == state.places, "the index of replicas is out of date"
+    for node in state.nodes.values():
+        full = len(state.places.taken(node.node)) >= len(node.devices)
+        assert full or node.node in state.places.roomy, f"{node.node} has a free device that nobody would find"
 
 
 def _check_spares(state: ClusterState) -> None:
@@ -120,7 +124,8 @@ def _check_replica(state: ClusterState, replica: Replica) -> None:
 def _check_deployment(state: ClusterState, deployment: Deployment) -> None:
     for replica in deployment.replicas.values():
         assert state.replicas.get(replica.replica) is replica
-        weighed = replica.index in deployment.ladder or not state.serves(replica)
+        weighed = replica.index in deployment.ladder or replica.index in deployment.unweighed
+        weighed = weighed or not state.serves(replica)
         assert weighed, f"{replica.replica} serves and gets no requests"
     for name in deployment.queue:
         request = state.requests.get(name)

@@ -49,6 +49,7 @@ def welcome(state: ClusterState, connection: ConnectionId, hello: WorkerHello) -
             _unreachable(state, node, reason)
     node.link = state.links[connection] = Link(connection, node, state.mint_session())
     node.known = False
+    state.untold[node.node] = None
     node.chunks = SnapshotChunks()
     node.silence_s = 0.0
     if node.probing:
@@ -81,6 +82,7 @@ def _take_hello(state: ClusterState, node: Node, hello: WorkerHello) -> None:
         node.phase, node.drain = NodePhase.KNOWN, None
     node.serve_address, node.host, node.pid = hello.serve_address, hello.host, hello.pid
     node.devices = hello.devices
+    state.places.roomy[node.node] = None
     if hello.lease_id:
         node.lease_id = hello.lease_id
 
@@ -170,6 +172,8 @@ def key_changed(state: ClusterState, name: NodeId, record: NodeRecord | None) ->
         state.nodes[name] = node = _from_record(record)
     elif node.phase in GONE and node.link is None:
         node.phase, node.drain = NodePhase.KNOWN, None
+    if node.untold:
+        state.untold[name] = None
     node.leased = node.registered = True
     node.lease_id = record.lease_id
 

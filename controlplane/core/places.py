@@ -26,6 +26,8 @@ class Places:
     draining: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
     # DEGRADED, FAILED, or too large for their devices' memory.
     given_up: dict[ReplicaId, Replica] = field(default_factory=dict[ReplicaId, Replica])
+    # Nodes with a device that no replica holds, and perhaps some that are full. Also to be told of those that come.
+    roomy: dict[NodeId, None] = field(default_factory=dict[NodeId, None], compare=False)
     _on: dict[NodeId, dict[ReplicaId, Replica]] = field(default_factory=dict[NodeId, dict[ReplicaId, Replica]])
     # Devices held, and by whom: etcd may say of two that they do, until their workers tell.
     _holders: dict[NodeId, set[tuple[str, ReplicaId]]] = field(default_factory=dict[NodeId, set[tuple[str, ReplicaId]]])
@@ -81,6 +83,7 @@ class Places:
         for member in before:
             self._holders[member.node].discard((member.device, name))
         for node in _nodes(before):
+            self.roomy[node] = None
             self._siblings[replica.deployment, node] -= 1
             if not self._holders[node]:
                 del self._holders[node]

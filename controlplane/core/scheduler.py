@@ -177,8 +177,8 @@ def _take_batch(state: ClusterState, deployment: Deployment) -> list[Ticket]:
 
 def _candidates(state: ClusterState, deployment: Deployment) -> list[Replica]:
     """Replicas with room, the least loaded first and no more than one batch may consider. To be weighed again."""
-    found: list[Replica] = []
-    while len(found) < state.limits.assignment_replicas_max and (index := deployment.ladder.pop()) is not None:
+    found, ladder = list[Replica](), state.ladder_of(deployment)
+    while len(found) < state.limits.assignment_replicas_max and (index := ladder.pop()) is not None:
         replica = deployment.replicas.get(index)
         if replica is None or not state.serves(replica):
             continue

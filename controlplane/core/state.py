@@ -21,6 +21,7 @@ from controlplane.core.entities import (
 )
 from controlplane.core.failure import FailureLog
 from controlplane.core.invariants import check
+from controlplane.core.ladder import Ladder
 from controlplane.core.messages import (
     AskId,
     CloseConnection,
@@ -103,6 +104,8 @@ class ClusterState:
     holders: dict[DeploymentId, dict[NodeId, None]] = field(default_factory=dict[DeploymentId, dict[NodeId, None]])
     # Some node may have spares.
     spared: bool = False
+    # Nodes that have yet to tell what they hold, and perhaps some that did.
+    untold: dict[NodeId, None] = field(default_factory=dict[NodeId, None])
     # Nodes that drain, and perhaps some that did.
     draining: set[NodeId] = field(default_factory=set[NodeId])
     # An index of replicas.
@@ -178,14 +181,21 @@ class ClusterState:
         return replica.phase is ReplicaPhase.READY and self.driver(replica) is not None
 
     def weigh(self, replica: Replica) -> None:
-        """Its load changed, or whether it serves: it has another place among its equals."""
+        """Its load changed, or whether it serves: it has another place among its equals, once somebody asks."""
         deployment = self.deployments.get(replica.deployment)
-        if deployment is None:
-            return
-        if self.serves(replica) and replica.capacity is not None:
-            deployment.ladder.put(replica.index, replica.load.sequences / replica.capacity.max_sequences)
-        else:
-            deployment.ladder.drop(replica.index)
+        if deployment is not None:
+            deployment.unweighed[replica.index] = None
+
+    def ladder_of(self, deployment: Deployment) -> Ladder:
+        """The deployment's replicas that serve, and perhaps some that did, by their load now."""
+        for index in deployment.unweighed:
+            replica = deployment.replicas.get(index)
+            if replica is not None and self.serves(replica) and replica.capacity is not None:
+                deployment.ladder.put(index, replica.load.sequences / replica.capacity.max_sequences)
+            else:
+                deployment.ladder.drop(index)
+        deployment.unweighed.clear()
+        return deployment.ladder
 
     def driver(self, replica: Replica) -> Node | None:
         """The node of rank 0, if all the replica's nodes have a live session."""
@@ -266,9 +276,7 @@ class ClusterState:
         step."""
         if replica.replica in self.replicas:
             self.places.note(replica)
-            self.weigh(replica)
         else:
             self.places.forget(replica)
-            if (deployment := self.deployments.get(replica.deployment)) is not None:
-                deployment.ladder.drop(replica.index)
+        self.weigh(replica)
         self.out.rows[replica.replica] = replica
