@@ -23,8 +23,11 @@ STATIC_BATCH = 16
 
 def measure(model: str, rounds: int, *, with_peer: bool, overlap: str, with_profile: bool) -> Report:
     """One request, 16 equal ones and a queue of 64 mixed ones, `rounds` times each, medians, the two engines in turn;
-    with a profile where a decode step's time goes. We batch as many sequences as a replica does by default; the peer runs
-    `STATIC_BATCH` at a time, for in a static batch all wait for the longest."""
+    with a profile where a decode step's time goes.
+
+    We batch as many sequences as a replica does by default; the peer runs `STATIC_BATCH` at a time, for in a static
+    batch all wait for the longest.
+    """
     folder = resolve_model(model, lambda *_: None)
     started = start(folder, torch.device("cpu"), dtype="bfloat16", kv_cache_tokens=16_384, overlap=overlap)
     engine = started.engine
