@@ -99,6 +99,7 @@ def ask_again(state: GatewayState, key: WorkerKey) -> list[Effect]:
     """The worker's stream is new: whatever is searched for is asked of it, from the first chunk."""
     for search in state.searches.values():
         search.waiting.add(key)
+        search.silent.discard(key)
         search.parts.pop(key, None)
     return [SendWorker(key, ResumeRequest(request=request)) for request in state.searches]
 
@@ -124,12 +125,15 @@ def _with_choices(known: Shadow, chunk: Shadow) -> Shadow:
 
 
 def give_up(state: GatewayState, key: WorkerKey) -> list[Effect]:
-    """The worker is gone, and what it held with it."""
+    """The worker cannot be reached. That it is gone, and what it held with it, is sure once the leader says so, too:
+    something on the way may refuse connections of a living one."""
     effects: list[Effect] = []
     for search in list(state.searches.values()):
         if key in search.waiting:
             search.waiting.discard(key)
             search.parts.pop(key, None)
+            if key in state.told:
+                search.silent.add(key)
             effects += conclude(state, search)
     return effects
 

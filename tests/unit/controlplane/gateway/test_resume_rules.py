@@ -175,6 +175,26 @@ class TestSearch:
         (answer,) = found(core.do(WorkerGone(W2, WHY)))
         assert answer.certain
 
+    def test_a_worker_that_only_this_gateway_cannot_reach_may_hold_it(self):
+        """The leader counts it among the living."""
+        core = gateway()
+        core.do(LeaderSaid(ReplicaTable(full=False, workers=(WorkerRow(node=NodeId("w2"), serve_address=W2),))))
+        core.do(ResumeAsked(R), said(MISSING, W1))
+        core.state.workers[W2].phase = core.state.workers[W2].phase.BROKEN
+        (answer,) = found(core.do(WorkerGone(W2, WHY)))
+        assert (answer.shadow, answer.certain) == (None, False)
+        assert W2 in answer.reason.text
+
+    def test_a_worker_that_could_be_reached_in_the_end_counts(self):
+        core = gateway()
+        core.do(LeaderSaid(ReplicaTable(full=False, workers=(WorkerRow(node=NodeId("w2"), serve_address=W2),))))
+        core.do(ResumeAsked(R))
+        core.state.workers[W2].phase = core.state.workers[W2].phase.BROKEN
+        core.do(WorkerGone(W2, WHY), WorkerUp(W2), said(MISSING, W1))
+        effects = [effect for chunk in shadow(2, worker=W2) for effect in core.do(said(chunk, W2))]
+        (answer,) = found(effects)
+        assert answer.worker == W2
+
     def test_a_worker_that_comes_up_meanwhile_is_asked_too(self):
         core = Core()
         core.do(LeaderOpened(), LeaderSaid(ReplicaTable(full=True, rows=(row(W1),))), ResumeAsked(R))
