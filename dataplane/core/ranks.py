@@ -7,7 +7,7 @@ from dataclasses import replace
 from controlplane.runtime.ids import Epoch, ReplicaId, RequestId
 from controlplane.runtime.messages import session
 from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind, ReplicaPhase
-from controlplane.runtime.messages.session import RankState
+from controlplane.runtime.messages.session import RankState, WeightsState
 from dataplane import frames
 from dataplane.core.endings import (
     BLAMING,
@@ -60,6 +60,8 @@ def on_exited(turn: Turn, event: RankExited) -> None:
     turn.emit(_record("rank_exited", rank, reason, event))
     if not by_order:
         tell(turn, _exit_state(turn, rank, replica, reason, event, blameless))
+    elif rank.held is not None:
+        tell(turn, WeightsState(device=rank.device, pid=rank.pid))
     _clear(rank, reason)
     if replica is not None:
         rank.unbind()

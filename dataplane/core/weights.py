@@ -69,7 +69,9 @@ def _refusal(turn: Turn, rank: Rank) -> Reason | None:
 
 
 def _tell_weights(turn: Turn, rank: Rank, reason: Reason | None) -> None:
-    tell(turn, WeightsState(device=rank.device, pid=rank.pid, held=rank.held, reason=reason))
+    # What a process that is about to go still holds is of no use to anybody.
+    held = None if rank.leaving or rank.killed is not None else rank.held
+    tell(turn, WeightsState(device=rank.device, pid=rank.pid, held=held, reason=reason))
 
 
 def _shard(frame: frames.Preload) -> tuple[object, ...]:
