@@ -76,11 +76,15 @@ class Timings:
         )
 
 
+LAST_BITS_S = 1e-9
+"""A product of whole milliseconds may be off by its last bits: 6 × 2.947 is above 17.682."""
+
+
 def derive_timings(failure_timeout: float = 3.0, heartbeat_interval: float = 0.5) -> Timings:
     """The one place where times come from. Raises TimingError naming the pair that is in the wrong order."""
     f, h = failure_timeout, heartbeat_interval
     _require(h >= 0.05, f"heartbeat_interval ({h:g} s) must be at least 0.05 s")
-    _require(f >= 6 * h, f"failure_timeout ({f:g} s) must be at least 6 × heartbeat_interval ({h:g} s)")
+    _require(f >= 6 * h - LAST_BITS_S, f"failure_timeout ({f:g} s) must be at least 6 × heartbeat_interval ({h:g} s)")
     _require(f >= 1, f"failure_timeout ({f:g} s) must be at least 1 s, the shortest lease etcd grants")
     ttl = math.floor(f)
     timings = Timings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from controlplane.runtime import timing
@@ -67,6 +67,7 @@ def test_the_wrong_pair_is_named(f: float, h: float, text: str) -> None:
 
 
 @given(f=st.integers(1000, 600_000), h=st.integers(50, 100_000))
+@example(f=17_682, h=2_947)
 def test_the_spec_carries_whole_milliseconds(f: int, h: int) -> None:
     spec = TimingSpec(failure_timeout_ms=f, heartbeat_interval_ms=h)
     try:
