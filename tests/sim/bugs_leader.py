@@ -14,6 +14,7 @@ import controlplane.core.membership
 import controlplane.core.recovery
 import controlplane.core.scheduler
 import controlplane.core.sessions
+import controlplane.core.spares
 import controlplane.core.state
 import controlplane.core.step
 import controlplane.election
@@ -171,3 +172,20 @@ def request_in_etcd(patch: pytest.MonkeyPatch) -> None:
 
 def shrunk_for_ever(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(core.deployments, "_is_outgrown", lambda state, deployment, replica: False)
+
+
+def spare_free_twice(patch: pytest.MonkeyPatch) -> None:
+    """A spare stays one when a replica takes its device."""
+    original = core.spares.settle
+
+    def settle(state: Any) -> None:
+        before = {name: dict(node.spares) for name, node in state.nodes.items()}
+        original(state)
+        for name, node in state.nodes.items():
+            node.spares = before[name] | node.spares
+
+    patch.setattr(core.spares, "settle", settle)
+
+
+def spare_answers_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core.spares, "answered", lambda state, node, said: None)

@@ -76,6 +76,7 @@ LATE_FOR_AN_EPOCH = [
 """Bodies are on their way while their replica falls and comes up again."""
 
 WITHOUT_NODES = [*(Fault(6.0, "lose_machine", name, lasts=9.0) for name in ("w1", "w2")), Fault(18.0, "break", "w3")]
+SPARE = Shape(control_planes=2, workers=3, devices=1, replicas=1, spares=1)
 ELASTIC = Shape(control_planes=1, workers=3, devices=1, replicas=1, tensor=2, elastic=1)
 
 MUTANTS = (
@@ -98,6 +99,8 @@ MUTANTS = (
     Mutant("term not raised", leader.term_not_raised, ("kill",)),
     Mutant("stale placement", leader.stale_placement, ("rank_crash", "scale", "leave"), PLAIN),
     Mutant("shrunk for ever", leader.shrunk_for_ever, WITHOUT_NODES, ELASTIC),
+    Mutant("a spare is free twice", leader.spare_free_twice, ("rank_crash", "scale"), SPARE),
+    Mutant("a spare's answer is ignored", leader.spare_answers_ignored, (), SPARE),
     Mutant("credit leak", leader.credit_leak, ()),
     Mutant("queue miscounted", leader.queue_miscounted, ("burst",)),
     Mutant("an end is forgotten", leader.end_forgotten, ()),

@@ -81,6 +81,13 @@ class RankHouse:
         key = (prepared.replica, prepared.epoch, prepared.nonce)
         return self._meshes.setdefault(key, Mesh(len(prepared.members)))
 
+    def holds(self, host: str, device: str, spec: ReplicaSpec, rank: int) -> bool:
+        """The living rank process of the device has that shard."""
+        weights = _weights(spec, rank)
+        return any(
+            one.alive and (one.host, one.device) == (host, device) and one.weights == weights for one in self.all
+        )
+
     def of_daemon(self, daemon: Process) -> list[SimRank]:
         return [rank for rank in self.all if rank.daemon is daemon and rank.alive]
 
@@ -110,7 +117,8 @@ class SimRank(Process):
         self._gone = gone
         self._prepared: frames.Prepare | None = None
         self._preloading: frames.Preload | None = None
-        self._weights = ""
+        # Of the shard that it holds.
+        self.weights = ""
         self._over = Epoch(0)
         self._stepping = False
         self._lock_tries = 0
@@ -158,7 +166,7 @@ class SimRank(Process):
                 self.say(frames.Formed(epoch))
             case "loaded":
                 if self._prepared is not None:
-                    self.say(frames.Loaded(epoch, SimEngine(self._prepared.spec, epoch).capacity, self._weights))
+                    self.say(frames.Loaded(epoch, SimEngine(self._prepared.spec, epoch).capacity, self.weights))
             case "failed":
                 self.say(frames.Failed(Epoch(max(0, self.epoch - 1)), "step", Reason(kind=ReasonKind.GROUP_FAILED)))
             case "aborted":
@@ -203,7 +211,7 @@ class SimRank(Process):
                 self._prepared = frame
                 self.kernel.tell(self.name, "rank_prepared", replica=frame.replica, epoch=frame.epoch)
                 rendezvous = f"{self.host}:29500" if frame.rank == 0 and len(frame.members) > 1 else ""
-                self.say(frames.Prepared(frame.epoch, rendezvous, self._weights))
+                self.say(frames.Prepared(frame.epoch, rendezvous, self.weights))
             case frames.Form():
                 if (prepared := self._in(frame.epoch)) is not None:
                     self.mesh = self._house.mesh(prepared)
@@ -211,7 +219,7 @@ class SimRank(Process):
                     self._meet(prepared.epoch, self.now() + frame.deadline_ms / 1000)
             case frames.Load():
                 if (prepared := self._in(frame.epoch)) is not None:
-                    held = self._weights == _weights(prepared.spec, prepared.rank)
+                    held = self.weights == _weights(prepared.spec, prepared.rank)
                     self.kernel.tell(self.name, "rank_loading", replica=prepared.replica, epoch=prepared.epoch)
                     self._load(prepared.epoch, LOAD_STAGES if held else 0)
             case frames.Preload():
@@ -288,7 +296,7 @@ class SimRank(Process):
         engine = SimEngine(prepared.spec, epoch)
         self.engine = engine if prepared.rank == 0 else None
         self._hold(prepared.spec, prepared.rank)
-        self.say(frames.Loaded(epoch, engine.capacity, self._weights))
+        self.say(frames.Loaded(epoch, engine.capacity, self.weights))
 
     def _preload(self, frame: frames.Preload, stage: int) -> None:
         """Load ahead of need, until something else is wanted."""
@@ -304,8 +312,8 @@ class SimRank(Process):
             self._hold(frame.spec, frame.rank)
 
     def _hold(self, spec: ReplicaSpec, rank: int) -> None:
-        self._weights = _weights(spec, rank)
-        held = HeldWeights(deployment=spec.deployment, degrees=spec.degrees, rank=rank, fingerprint=self._weights)
+        self.weights = _weights(spec, rank)
+        held = HeldWeights(deployment=spec.deployment, degrees=spec.degrees, rank=rank, fingerprint=self.weights)
         self.say(frames.Holds(held))
 
     # ------------------------------------------------------------ steps

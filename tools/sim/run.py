@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from controlplane.core.devices import free_nodes
 from controlplane.core.elastic import is_shrunk
 from controlplane.core.entities import GIVEN_UP, NodePhase
 from controlplane.core.messages import ApplyAsked, UndrainAsked
@@ -69,7 +70,8 @@ def shape_of(seed: int) -> Shape:
     elastic = random.choice((0, 1)) if tensor * pipeline > 1 else 0
     planes = random.choice((1, 2, 3, 3))
     shape = Shape(planes, workers, devices, tensor=tensor, pipeline=pipeline, elastic=elastic)
-    return replace(shape, replicas=random.randrange(1, shape.room + 1))
+    shape = replace(shape, replicas=random.randrange(1, shape.room + 1))
+    return replace(shape, spares=Random(f"spares {seed}").choice((0, 0, 1, 2)))
 
 
 def schedule_of(seed: int, shape: Shape) -> list[Fault]:
@@ -200,12 +202,28 @@ class Run:
             return f"{whole} replicas serve with all their ranks"
         if state.requests:
             return f"the leader still counts {sorted(state.requests)[:3]}"
+        if (ready := self._spares_ready(state)) < (wanted := self._spares_wanted(state)):
+            return f"{ready} of {wanted} spares are ready"
         return world.safety.leftovers()
 
     def _whole(self, state: ClusterState) -> int:
         """Replicas that serve, and are not shrunk."""
         ready = [replica for replica in state.replicas.values() if replica.phase is ReplicaPhase.READY]
         return sum(not is_shrunk(state.deployments[replica.deployment].record, replica) for replica in ready)
+
+    def _spares_wanted(self, state: ClusterState) -> int:
+        """While a replica has no place, spares stay as they are: it may need them."""
+        if self.world.wanted.replicas > self.world.shape.room:
+            return 0
+        return min(self.world.wanted.spares, sum(len(node.free) for node in free_nodes(state)))
+
+    def _spares_ready(self, state: ClusterState) -> int:
+        """Those that the leader calls ready, and that hold what they are to hold."""
+        return sum(
+            spare.ready and self.world.house.holds(node.node, device, spare.spec, spare.rank)
+            for node in state.nodes.values()
+            for device, spare in node.spares.items()
+        )
 
     def _expected(self) -> int:
         return min(self.world.wanted.replicas, self.world.shape.room)

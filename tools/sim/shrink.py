@@ -73,5 +73,5 @@ def shape_text(shape: Shape) -> str:
     return (
         f"control_planes={shape.control_planes} workers={shape.workers} devices={shape.devices} "
         f"replicas={shape.replicas} tensor={shape.tensor} pipeline={shape.pipeline} "
-        f"elastic={shape.elastic}"
+        f"elastic={shape.elastic} spares={shape.spares}"
     )

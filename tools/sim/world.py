@@ -48,6 +48,8 @@ class Shape:
     pipeline: int = 1
     # 1: what has no place at its full degrees is served with fewer ranks meanwhile.
     elastic: int = 0
+    # Free devices that are to keep a shard ready.
+    spares: int = 0
 
     @property
     def ranks(self) -> int:
@@ -69,7 +71,12 @@ class Shape:
         )
         strategy = "elastic_scaling" if self.elastic else "checkpoint_restart"
         return DeploymentRecord(
-            deployment=DeploymentId("m"), model="m", spec=spec, replicas=self.replicas, recovery_strategy=strategy
+            deployment=DeploymentId("m"),
+            model="m",
+            spec=spec,
+            replicas=self.replicas,
+            recovery_strategy=strategy,
+            spares=self.spares,
         )
 
 
