@@ -28,6 +28,7 @@ from dataplane.engine.plan import StepPlan, probe_plan
 from dataplane.models.accelerate import Kit, accelerate, is_accelerated
 from dataplane.models.cpu_layers import CpuKit
 from dataplane.models.fit import FittedModel, assert_attention_reached
+from dataplane.parallel.collectives import all_gather_data
 from dataplane.parallel.groups import Sent
 from dataplane.parallel.mesh import Mesh
 from dataplane.parallel.pipeline import StageLink
@@ -217,13 +218,20 @@ class ModelRunner:
         return elapsed
 
     def _accelerate(self, plan: StepPlan) -> None:
-        """Put fast modules in, once; assert that they compute what the model does."""
-        if is_accelerated(self._model.module):
+        """Put fast modules in, once; assert that they compute what the model does.
+
+        All ranks of the mesh make the same steps: one that outlived its group has its modules, a newcomer has not.
+        """
+        done = is_accelerated(self._model.module)
+        if all(all_gather_data(self._mesh.control, done)):
             self._take_over()
             return
         seen: list[Tensor | None] = []
-        assert_attention_reached(self._model, lambda: seen.append(self._probe(plan)), ATTENTION)
-        accelerate(self._model.module, self._kit(), whole=self._mesh.pipeline.size == 1)
+        if done:
+            seen.append(self._probe(plan))
+        else:
+            assert_attention_reached(self._model, lambda: seen.append(self._probe(plan)), ATTENTION)
+            accelerate(self._model.module, self._kit(), whole=self._mesh.pipeline.size == 1)
         self._take_over()
         if self._steps is not None:
             self._steps = self._new_steps(len(self._cache.keys[0]))
