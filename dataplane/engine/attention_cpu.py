@@ -74,10 +74,12 @@ class CpuAttentionStep:
         return cos, sin
 
     def _arrange(self, window: int | None, heads_per_kv: int, width: int, dtype: torch.dtype) -> Arrangement:
+        ragged = self._inputs.ragged
+        # A window that nobody's text fills is none: such layers share their arrangement with those without.
+        window = None if window is not None and window >= ragged.longest else window
         key = (window, heads_per_kv, width)
         work = self._arrangements.get(key)
         if work is None:
-            ragged = self._inputs.ragged
             groups = list(cut(ragged, window, heads_per_kv, width, dtype))
             work = Arrangement(groups, _places(groups, ragged.tokens, len(self._inputs.tokens_T)))
             self._arrangements[key] = work
@@ -89,7 +91,8 @@ def _places(groups: list[TileGroup], tokens: int, rows: int) -> Tensor:
     numbers = torch.arange(tokens)
     order = torch.cat([numbers[group.rows] for group in groups])
     places_T = torch.empty(tokens, dtype=torch.long)
-    places_T[order] = numbers
+    # A row that is computed repeatedly is the same each time.
+    places_T[order] = torch.arange(len(order))
     return torch.cat((places_T, places_T[-1:].expand(rows - tokens)))
 
 

@@ -31,6 +31,11 @@ class Ragged:
     block_tokens: int
 
     @property
+    def longest(self) -> int:
+        """Positions that the longest entry's last token sees, itself included."""
+        return int((self.starts_E + self.counts_E).max())
+
+    @property
     def tokens(self) -> int:
         """Tokens of all entries; the step may have more rows."""
         return int(self.offsets_E[-1] + self.counts_E[-1])

@@ -26,6 +26,9 @@ TILE_TOKENS = 128
 ROWS_MULTIPLE = 4
 """Matrix products of one to three rows take other kernels: groups of rows are padded to a multiple of this."""
 
+TOGETHER_TOKENS_MAX = 128
+"""Prompts of up to so many tokens are attended together: apart, each costs a dozen operations a layer."""
+
 PARTIAL_ELEMENTS_MAX = 1 << 24
 """Bound on the elements of all tiles' results of one call, so that a long prompt is attended in pieces."""
 
@@ -42,7 +45,7 @@ class TileGroup:
     sequences with the most tiles first. Level i is the next `levels[i]` tiles.
     """
 
-    # Rows of the step whose queries these are, `queries` of each of the B sequences.
+    # Rows of the step whose queries these are, `queries` of each of the B sequences; some may stand here repeatedly.
     rows: slice | Tensor
     queries: int
     levels: tuple[int, ...]
@@ -68,41 +71,66 @@ def cut(ragged: Ragged, window: int | None, heads_per_kv: int, width: int, dtype
 
     `width`: elements of one query row over all KV heads, for the bound on memory.
     """
-    single = np.flatnonzero(ragged.counts_E == 1)
-    if len(single):
-        yield from _decodes(ragged, single, window, heads_per_kv, width, dtype)
-    for entry in np.flatnonzero(ragged.counts_E > 1):
+    for entries in _alike(ragged.counts_E):
+        yield from _together(ragged, entries, window, heads_per_kv, width, dtype)
+    for entry in np.flatnonzero(ragged.counts_E > TOGETHER_TOKENS_MAX):
         yield from _pieces(ragged, int(entry), window, heads_per_kv, width, dtype)
 
 
-def _decodes(
+def _alike(counts_E: Ints) -> Iterator[Ints]:
+    """Entries of one token, then of up to TOGETHER_TOKENS_MAX by size: none is filled up to more than twice its own,
+    but for the smallest, of which there are a few."""
+    floor = 1
+    for ceiling in (1, 16, 32, 64, TOGETHER_TOKENS_MAX):
+        entries = np.flatnonzero((counts_E >= floor) & (counts_E <= ceiling))
+        floor = ceiling + 1
+        if len(entries):
+            yield entries
+
+
+def _together(
     ragged: Ragged, entries: Ints, window: int | None, heads: int, width: int, dtype: torch.dtype
 ) -> Iterator[TileGroup]:
-    """Entries of one token each, as many a group as the memory bound allows."""
+    """Entries with about as many tokens each, as many a group as the memory bound allows. Each is filled up to the
+    longest with its last token: the copies compute the same."""
     tile = tile_tokens(ragged.block_tokens)
-    positions = ragged.starts_E[entries]
-    first = _first_seen(positions, window) // tile
-    count = positions // tile - first + 1
-    order = np.argsort(-count, kind="stable")
-    entries, positions, first, count = entries[order], positions[order], first[order], count[order]
-    budget = max(PARTIAL_ELEMENTS_MAX // (width * heads), 1)
+    starts, counts = ragged.starts_E[entries], ragged.counts_E[entries]
+    first = _first_seen(starts, window) // tile
+    tiles = (starts + counts - 1) // tile - first + 1
+    order = np.argsort(-tiles, kind="stable")
+    entries, first, tiles = entries[order], first[order], tiles[order]
+    queries = int(counts.max())
+    budget = max(PARTIAL_ELEMENTS_MAX // (width * heads * queries), 1)
     begin = 0
     while begin < len(entries):
-        end = begin + max(int(np.searchsorted(np.cumsum(count[begin:]), budget, side="right")), 1)
-        part = slice(begin, end)
-        levels = _levels(count[part])
-        owner, number = _level_major(levels, first[part])
-        base = number * tile
-        mask = _mask(base, positions[part][owner][:, None], window, tile, dtype)
+        end = begin + max(int(np.searchsorted(np.cumsum(tiles[begin:]), budget, side="right")), 1)
+        chosen = entries[begin:end]
+        levels = _levels(tiles[begin:end])
+        owner, number = _level_major(levels, first[begin:end])
+        token_BQ = np.minimum(np.arange(queries), ragged.counts_E[chosen][:, None] - 1)
         yield TileGroup(
-            rows=torch.from_numpy(ragged.offsets_E[entries[part]]),
-            queries=1,
+            rows=torch.from_numpy((ragged.offsets_E[chosen][:, None] + token_BQ).reshape(-1)),
+            queries=queries,
             levels=levels,
             owner_N=torch.from_numpy(owner),
-            blocks=_blocks(ragged, entries[part][owner], number),
-            mask=mask,
+            blocks=_blocks(ragged, chosen[owner], number),
+            mask=_mask(
+                number * tile,
+                _query_rows(ragged.starts_E[chosen][:, None] + token_BQ, heads)[owner],
+                window,
+                tile,
+                dtype,
+            ),
         )
         begin = end
+
+
+def _query_rows(positions_BQ: Ints, heads: int) -> Ints:
+    """Positions of a KV head's query rows; one column where they are all the same."""
+    if positions_BQ.shape[1] == 1:
+        return positions_BQ
+    rows = np.repeat(positions_BQ, heads, axis=1)
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % ROWS_MULTIPLE)), mode="edge")
 
 
 def _pieces(
@@ -117,9 +145,8 @@ def _pieces(
         positions = np.arange(start + begin, start + min(begin + step, count))
         first = int(_first_seen(positions[:1], window)[0]) // tile
         number = np.arange(first, int(positions[-1]) // tile + 1)
-        rows = np.repeat(positions, heads)
-        rows = np.pad(rows, (0, -len(rows) % ROWS_MULTIPLE), mode="edge")
-        mask = _mask(number * tile, np.broadcast_to(rows, (len(number), len(rows))), window, tile, dtype)
+        rows = _query_rows(positions[None], heads)
+        mask = _mask(number * tile, np.broadcast_to(rows, (len(number), rows.shape[1])), window, tile, dtype)
         yield TileGroup(
             rows=slice(offset + begin, offset + begin + len(positions)),
             queries=len(positions),

@@ -87,38 +87,41 @@ class CpuAttention(nn.Module):
         heads: Heads,
         score: Score,
         layout: int,
-        norms: tuple[nn.Module, ...],
+        norms: tuple[nn.Module | None, nn.Module | None],
         layer: int,
     ) -> None:
-        """`norms`: none, one for queries and keys together, or one for each."""
+        """`norms`: the first of queries and keys together, or where there is a second, of queries alone."""
         super().__init__()
         self.qkv = qkv
         self.out = out
         self.heads = heads
         self.score = score
         self.layout = layout
-        self.norms = nn.ModuleList(norms)
+        self.norm, self.key_norm = norms
         self.perdure_layer = layer
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
     ) -> tuple[Tensor, None]:
         heads = self.heads
-        x_THD = Linear.forward(self.qkv, hidden_states)[0].unflatten(1, (-1, heads.dim))
-        both = heads.query + heads.key_value
-        qk_TND = self._normed(x_THD[:, :both])
+        x_THD = Linear.forward(self.qkv, hidden_states).view(hidden_states.shape[1], -1, heads.dim)
+        qk_TND, v_TKD = x_THD.split((heads.query + heads.key_value, heads.key_value), dim=1)
+        qk_TND = self._normed(qk_TND)
         step = running_step()
         assert isinstance(step, CpuAttentionStep), "these layers run on a CPU"
         qk_TND = turned(qk_TND, *step.turn(position_embeddings, self.layout), self.layout)
         q_THD, k_TKD = qk_TND.split((heads.query, heads.key_value), dim=1)
-        out_THD = step.attend(self.perdure_layer, q_THD, k_TKD, x_THD[:, both:], self.score)
-        return self.out(out_THD.flatten(1).unsqueeze(0)), None
+        out_THD = step.attend(self.perdure_layer, q_THD, k_TKD, v_TKD, self.score)
+        return self.out(out_THD.view(1, out_THD.shape[0], -1)), None
 
     def _normed(self, qk_TND: Tensor) -> Tensor:
-        if len(self.norms) == 2:
-            parts = qk_TND.split((self.heads.query, self.heads.key_value), dim=1)
-            return torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=True)], dim=1)
-        return self.norms[0](qk_TND) if self.norms else qk_TND
+        norm, key_norm = self.norm, self.key_norm
+        if norm is None:
+            return qk_TND
+        if key_norm is None:
+            return norm(qk_TND)
+        q_THD, k_TKD = qk_TND.split((self.heads.query, self.heads.key_value), dim=1)
+        return torch.cat((norm(q_THD), key_norm(k_TKD)), dim=1)
 
 
 def turned(x_TND: Tensor, cos_T1R: Tensor, sin_T1R: Tensor, layout: int) -> Tensor:
@@ -185,11 +188,11 @@ class CpuKit:
         return count
 
 
-def _head_norms(module: Any, heads: Heads, facts: AttentionFacts) -> tuple[nn.Module, ...]:
+def _head_norms(module: Any, heads: Heads, facts: AttentionFacts) -> tuple[nn.Module | None, nn.Module | None]:
     q, k = facts.q_norm, facts.k_norm
     if q is None or k is None:
-        return ()
+        return None, None
     q_D, k_D = module.q_norm.weight.detach(), module.k_norm.weight.detach()
     if q != k:
         return CpuNorm(q_D, q), CpuNorm(k_D, k)
-    return (CpuNorm(torch.stack([q_D] * heads.query + [k_D] * heads.key_value), q),)
+    return CpuNorm(torch.stack([q_D] * heads.query + [k_D] * heads.key_value), q), None
