@@ -15,7 +15,7 @@ from controlplane.gateway.messages import Failure, RequestAccepted
 from controlplane.gateway.metrics import GatewayMetrics, RequestClock
 from controlplane.gateway.models import Catalogue, ServedModel
 from controlplane.gateway.openai import ChatRequest, CompletionRequest
-from controlplane.gateway.params import Wanted, answer_tokens, choice_seeds
+from controlplane.gateway.params import Wanted, answer_tokens, check_ids, choice_seeds
 from controlplane.gateway.prefix import prefix_hashes
 from controlplane.gateway.render import Echo, Usage
 from controlplane.gateway.render_blob import RENDER_BYTES_MAX, Kind, RenderBlob, place_id
@@ -171,14 +171,19 @@ class Generator:
             raise bad("prompt", "prompt must not be empty")
         if len(given) > self.limits.prompts_max:
             raise bad("prompt", f"at most {self.limits.prompts_max} prompts are allowed in one request")
-        return [await self.prompt(one, tokenizer, special=request.add_special_tokens) for one in given]
+        alone = given == [request.prompt]
+        return [
+            await self.prompt(one, tokenizer, "prompt" if alone else f"prompt[{place}]", request.add_special_tokens)
+            for place, one in enumerate(given)
+        ]
 
-    async def prompt(self, given: str | Sequence[int], tokenizer: ModelTokenizer, *, special: bool = True) -> Prompt:
-        """One prompt, as text or ids. Raises ApiError, Retryable."""
+    async def prompt(
+        self, given: str | Sequence[int], tokenizer: ModelTokenizer, where: str, special: bool = True
+    ) -> Prompt:
+        """One prompt, as text or ids; `where` it stood in the request. Raises ApiError, Retryable."""
         if isinstance(given, str):
             return Prompt(await self._pool.encode(tokenizer, given, add_special_tokens=special), given)
-        if given and max(given) >= tokenizer.vocab_size:
-            raise bad("prompt", f"token id {max(given)} is not in the vocabulary of {tokenizer.vocab_size}")
+        check_ids(where, given, tokenizer.vocab_size)
         return Prompt(list(given))
 
     async def chat_prompt(self, request: ChatRequest, tokenizer: ModelTokenizer) -> Prompt:

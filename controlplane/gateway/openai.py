@@ -92,7 +92,8 @@ class GenerationRequest(BaseModel):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    # Ids are checked against the model's vocabulary (params.check_ids).
+    prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(default=MAX_TOKENS_COMPLETION, ge=0)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0)

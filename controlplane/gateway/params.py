@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from controlplane.gateway.api_errors import CONTEXT_CODE, bad
@@ -87,6 +88,15 @@ def answer_tokens(wanted: Wanted, prompt_tokens: int, context_tokens: int, promp
     return wanted.max_tokens
 
 
+def check_ids(where: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ApiError naming the first id that is no token's. `where`: the list, as its client wrote it."""
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    index = next(index for index, token in enumerate(ids) if not 0 <= token < vocab_size)
+    text = f"token id {ids[index]} is not in the vocabulary, whose ids are 0 to {vocab_size - 1}"
+    raise bad(where.partition("[")[0], f"{where}[{index}]: {text}")
+
+
 def choice_seeds(seed: int | None, n: int) -> tuple[int, ...]:
     """One seed a choice: the client's own, or one drawn now, for the first; the others are mixed from it."""
     first = secrets.randbits(SEED_BITS) if seed is None else seed & _MASK
@@ -104,10 +114,10 @@ def mixed_seed(seed: int, choice: int) -> int:
 def _sampling(
     request: GenerationRequest, vocab_size: int, logprobs: int | None, prompt_logprobs: int | None
 ) -> Sampling:
-    for name, ids in (("stop_token_ids", request.stop_token_ids), ("logit_bias", request.logit_bias)):
-        for token in ids or ():
-            if token >= vocab_size:
-                raise bad(name, f"token id {token} is not in the vocabulary of {vocab_size}")
+    check_ids("stop_token_ids", request.stop_token_ids or (), vocab_size)
+    for token in request.logit_bias or ():
+        if token >= vocab_size:
+            raise bad("logit_bias", f"token id {token} is not in the vocabulary, whose ids are 0 to {vocab_size - 1}")
     return Sampling(
         temperature=request.temperature,
         top_p=request.top_p,

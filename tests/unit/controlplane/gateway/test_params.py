@@ -7,7 +7,14 @@ import pytest
 from controlplane.gateway.api_errors import CONTEXT_CODE, ApiError
 from controlplane.gateway.limits import GatewayLimits
 from controlplane.gateway.openai import ChatRequest, CompletionRequest
-from controlplane.gateway.params import answer_tokens, choice_seeds, mixed_seed, wanted_chat, wanted_completion
+from controlplane.gateway.params import (
+    answer_tokens,
+    check_ids,
+    choice_seeds,
+    mixed_seed,
+    wanted_chat,
+    wanted_completion,
+)
 
 LIMITS = GatewayLimits()
 VOCAB = 100
@@ -88,3 +95,19 @@ def test_mixed_seeds_are_those_of_splitmix64():
         0x6E789E6AA1B965F4,
         0x06C45D188009454F,
     ]
+
+
+@pytest.mark.parametrize("ids", [[], [0], [VOCAB - 1, 0, 5]])
+def test_ids_of_the_vocabulary_pass(ids: list[int]):
+    check_ids("prompt", ids, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("ids", "index", "token"), [([3, -1, -2], 1, -1), ([VOCAB], 0, VOCAB), ([1, 2, 2**40], 2, 2**40)]
+)
+def test_the_first_id_that_is_no_tokens_is_named(ids: list[int], index: int, token: int):
+    with pytest.raises(ApiError) as refused:
+        check_ids("prompt[4]", ids, VOCAB)
+    assert refused.value.param == "prompt"
+    text = f"token id {token} is not in the vocabulary, whose ids are 0 to {VOCAB - 1}"
+    assert refused.value.message == f"prompt[4][{index}]: {text}"
