@@ -189,7 +189,7 @@ def _snapshot(turn: Turn) -> Iterator[WorkerSnapshot]:
             replica=rank.replica,
             epoch=rank.epoch,
             rank=rank.rank,
-            held=rank.held,
+            held=weights.held_for_others(rank),
         )
         for rank in state.ranks.values()
     )

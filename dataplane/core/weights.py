@@ -46,6 +46,11 @@ def holds(turn: Turn, rank: Rank, frame: frames.Holds) -> None:
         kill_if_spoilt(turn, rank, frame.reason)
 
 
+def held_for_others(rank: Rank) -> HeldWeights | None:
+    """What a process that is about to go still holds is of no use to anybody."""
+    return None if rank.leaving or rank.killed is not None else rank.held
+
+
 def kill_stuck(turn: Turn) -> None:
     """Kill a rank whose preload stands still, a tensor that a dead disk never gives, say: it would hear of no epoch."""
     for rank in turn.state.ranks.values():
@@ -69,9 +74,7 @@ def _refusal(turn: Turn, rank: Rank) -> Reason | None:
 
 
 def _tell_weights(turn: Turn, rank: Rank, reason: Reason | None) -> None:
-    # What a process that is about to go still holds is of no use to anybody.
-    held = None if rank.leaving or rank.killed is not None else rank.held
-    tell(turn, WeightsState(device=rank.device, pid=rank.pid, held=held, reason=reason))
+    tell(turn, WeightsState(device=rank.device, pid=rank.pid, held=held_for_others(rank), reason=reason))
 
 
 def _shard(frame: frames.Preload) -> tuple[object, ...]:
