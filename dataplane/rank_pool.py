@@ -28,6 +28,7 @@ from dataplane.processes import dying_status, oom_kills, process_state
 from dataplane.progress import ProgressPage
 from dataplane.rank_link import RankLink
 from dataplane.rank_log import rank_log, rotate
+from dataplane.starvation import Starvation
 from dataplane.zygote_link import ZygoteLink
 
 log = structlog.get_logger()
@@ -64,6 +65,10 @@ class _Process:
     pid: int
     page: _Page
     oom_kills_before: int
+    starvation: Starvation
+    # Where its progress counter stood last.
+    progress: int = 0
+    starved_s: float = 0.0
     # None: it was gone before it could be watched.
     pidfd: int | None = None
     link: RankLink | None = None
@@ -87,6 +92,7 @@ class RankPool:
         self._settings = settings
         self._cluster = cluster
         self._timings = timings
+        self._clock = clock
         self._post = post
         self._loop = asyncio.get_running_loop()
         self._folder = runtime_dir() / "run" / f"{settings.node}-{os.getpid()}"
@@ -165,15 +171,22 @@ class RankPool:
 
     def samples(self) -> dict[str, RankSample]:
         """What all ranks look like from outside, now."""
-        return {
-            process.device: RankSample(
-                progress=process.page.shared.progress,
-                collective=process.page.shared.collective,
-                step=process.page.shared.step,
-                process_state=process_state(process.pid),
-            )
-            for process in self._by_device.values()
-        }
+        return {process.device: self._sample(process) for process in self._by_device.values()}
+
+    def _sample(self, process: _Process) -> RankSample:
+        page = process.page.shared
+        if page.step and page.progress == process.progress:
+            process.starved_s += process.starvation.look(self._clock.now())
+        else:
+            process.starvation.forget()
+        process.progress = page.progress
+        return RankSample(
+            progress=process.progress,
+            collective=page.collective,
+            step=page.step,
+            process_state=process_state(process.pid),
+            starved_s=process.starved_s,
+        )
 
     # ------------------------------------------------------------ the zygote
 
@@ -232,7 +245,7 @@ class RankPool:
 
     def _forked(self, message: zygote.Forked) -> None:
         page = self._asked.pop(message.device)
-        process = _Process(message.device, message.pid, page, oom_kills())
+        process = _Process(message.device, message.pid, page, oom_kills(), Starvation(message.pid))
         self._processes[message.pid] = self._by_device[message.device] = process
         # The id is the zygote's child's until the zygote's next message says that it was reaped.
         with contextlib.suppress(ProcessLookupError):

@@ -14,6 +14,7 @@ from controlplane.core.fair_queue import FairQueue
 from controlplane.core.ladder import Ladder
 from controlplane.core.load import Load
 from controlplane.core.messages import ConnectionId, Effect
+from controlplane.core.stall import Stall
 from controlplane.runtime.ids import (
     DeploymentId,
     Epoch,
@@ -255,8 +256,8 @@ class Replica:
     load_fraction: float = 0.0
     capacity: Capacity | None = None
     load: Load = field(default_factory=Load)
-    # How long it has had work without its progress counter moving.
-    stalled_s: float = 0.0
+    # How long it has had work and not moved.
+    stall: Stall = field(default_factory=Stall)
     # How long its steps have taken several times its equals'.
     slow_s: float = 0.0
     served_s: float = 0.0

@@ -10,6 +10,7 @@ from controlplane.core.entities import FORMING_PHASES, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import WriteDone, WritePlacement
 from controlplane.core.recovery import close, fail, stage_s
+from controlplane.core.stall import Stall
 from controlplane.core.state import EPOCHS_A_TERM, ClusterState
 from controlplane.runtime.ids import Epoch, ReplicaId
 from controlplane.runtime.messages.common import Member, Reason, ReasonKind, ReplicaPhase, ReplicaSpec
@@ -142,7 +143,7 @@ def serve(state: ClusterState, replica: Replica) -> None:
     replica.adopting = False
     replica.reason = None
     replica.load_fraction = 1.0
-    replica.stalled_s = replica.served_s = 0.0
+    replica.served_s = 0.0
     state.record("replica_ready", replica=replica)
     failures.regrouped(state, replica)
     state.row_changed(replica)
@@ -161,7 +162,7 @@ def _stage_done(state: ClusterState, replica: Replica) -> None:
         text = f"{replica.nodes[0]} loaded without telling its capacity"
         fail(state, replica, Reason(kind=ReasonKind.LOAD_FAILED, text=text, node=replica.nodes[0]))
     else:
-        replica.load = Load()
+        replica.load, replica.stall = Load(), Stall()
         serve(state, replica)
 
 

@@ -15,6 +15,7 @@ from controlplane.core.entities import FORMING_PHASES, GIVEN_UP, SERVING_PHASES,
 from controlplane.core.load import Load
 from controlplane.core.messages import DeletePlacement, WritePlacement
 from controlplane.core.scheduler import has_room
+from controlplane.core.stall import Stall
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import RequestId
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
@@ -52,9 +53,9 @@ def _reset(replica: Replica, phase: ReplicaPhase, reason: Reason) -> None:
     replica.reason = reason
     replica.adopting = False
     replica.acked.clear()
-    replica.load = Load()
+    replica.load, replica.stall = Load(), Stall()
     replica.drain = None
-    replica.stalled_s = replica.slow_s = replica.homeless_s = replica.roomy_s = replica.retry_s = 0.0
+    replica.slow_s = replica.homeless_s = replica.roomy_s = replica.retry_s = 0.0
 
 
 def fail(state: ClusterState, replica: Replica, reason: Reason, suspects: Sequence[RequestId] = ()) -> None:
@@ -221,9 +222,7 @@ def bury(state: ClusterState, deployment: Deployment, replica: Replica) -> None:
 
 def load_heard(state: ClusterState, replica: Replica, load: ReplicaLoad, ack: int) -> None:
     """The driver's account of what the replica does."""
-    before = replica.load.heartbeat
-    if before is None or before.progress != load.progress or load.running + load.waiting == 0:
-        replica.stalled_s = 0.0
+    replica.stall.heard(load)
     replica.load.heard(load, ack)
     state.weigh(replica)
     state.reroute.add(replica.deployment)
@@ -237,7 +236,7 @@ def tick(state: ClusterState, passed_s: float) -> None:
             _judge_stage(state, replica, passed_s)
         elif replica.phase in SERVING_PHASES:
             replica.served_s += passed_s
-            _judge_progress(state, replica, passed_s)
+            _judge_progress(state, replica)
         elif not replica.holds_devices:
             replica.homeless_s += passed_s
         if replica.drain is not None:
@@ -248,7 +247,7 @@ def tick(state: ClusterState, passed_s: float) -> None:
 def forgive_silence(state: ClusterState) -> None:
     """The judge itself was away: nothing that stood still meanwhile is anyone's fault."""
     for replica in state.replicas.values():
-        replica.stalled_s = 0.0
+        replica.stall.restart()
 
 
 def stage_s(state: ClusterState, replica: Replica) -> float:
@@ -278,18 +277,13 @@ def _judge_stage(state: ClusterState, replica: Replica, passed_s: float) -> None
     fail(state, replica, Reason(kind=ReasonKind.DEADLINE, text=text, node=missing[0], group=replica.replica))
 
 
-def _judge_progress(state: ClusterState, replica: Replica, passed_s: float) -> None:
-    """Only while its heartbeats come: a silent node is judged by its silence."""
-    driver = state.driver(replica)
-    # This tick counts as silence too, and the next heartbeat may come just after it.
-    heard = driver is not None and driver.silence_s <= passed_s + state.timings.heartbeat_interval
-    if driver is None or not heard or not replica.load.busy:
+def _judge_progress(state: ClusterState, replica: Replica) -> None:
+    """Only with sessions to all its nodes: a silent one is judged by its silence."""
+    stalled_s, driver = replica.stall.seconds, state.driver(replica)
+    if stalled_s < state.timings.progress_deadline or driver is None:
         return
-    replica.stalled_s += passed_s
-    if replica.stalled_s >= state.timings.progress_deadline:
-        text = f"its progress counter stood still for {replica.stalled_s:g} s with work to do"
-        reason = Reason(kind=ReasonKind.NO_PROGRESS, text=text, node=driver.node, group=replica.replica)
-        fail(state, replica, reason)
+    text = f"its progress counter stood still for {stalled_s:g} s with work to do"
+    fail(state, replica, Reason(kind=ReasonKind.NO_PROGRESS, text=text, node=driver.node, group=replica.replica))
 
 
 def _judge_drain(state: ClusterState, replica: Replica, drain: Drain, passed_s: float) -> None:

@@ -158,7 +158,9 @@ def _heartbeat(state: ClusterState, node: Node, head: Head, heartbeat: Heartbeat
         replica = state.replicas.get(load.replica)
         if replica is None or replica.epoch != load.epoch or not replica.holds_devices:
             state.fence("ReplicaLoad")
-        elif replica.members[0].node == node.node:
+            continue
+        replica.stall.told(node.node, load, heartbeat.uptime_ms)
+        if replica.members[0].node == node.node:
             recovery.load_heard(state, replica, load, head.ack)
 
 

@@ -266,6 +266,7 @@ def beat(turn: Turn) -> None:
 
 def _load(turn: Turn, replica: Replica) -> ReplicaLoad:
     progress = sum(rank.sample.progress for rank in ranks_of(turn, replica) if rank.sample is not None)
+    starved_ms = round(replica.starved_s * 1000)
     load, capacity = replica.load, replica.capacity
     idle_blocks = capacity.total_blocks if capacity is not None else 0
     if load is None:
@@ -276,6 +277,7 @@ def _load(turn: Turn, replica: Replica) -> ReplicaLoad:
             running=0,
             waiting=_held(turn, replica),
             progress=progress,
+            starved_ms=starved_ms,
         )
     # What the engine has not spoken of yet waits on its way to it.
     waiting = max(load.waiting, _held(turn, replica) - load.running)
@@ -287,6 +289,7 @@ def _load(turn: Turn, replica: Replica) -> ReplicaLoad:
         waiting=waiting,
         step_ms=load.step_ms,
         progress=progress,
+        starved_ms=starved_ms,
         prefix_digest=load.prefix_digest,
         waiting_tokens=load.waiting_tokens,
         queue=tuple(

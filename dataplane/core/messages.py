@@ -37,6 +37,8 @@ class RankSample:
     step: int
     # State letter of /proc/<pid>/stat; "T" is a stopped process.
     process_state: str
+    # How long it has wanted a processor and had none, in all, as far as it was looked at.
+    starved_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,8 @@ class LeaseGranted:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGone:
-    """The node's lease expired or was revoked; the shell takes a new one by itself."""
+    """The node's lease expired or was revoked; the shell takes a new one by itself. Nothing ends by it: a lease is lost
+    while etcd is away, too, or while this whole machine stands still."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,8 @@ class Replica:
     load: frames.LoadReport | None = None
     # Load fractions by device.
     loaded: dict[DeviceId, float] = field(default_factory=dict[DeviceId, float])
+    # Time in which its ranks here could not have moved, in all.
+    starved_s: float = 0.0
     # Stage and thousandths that the leader was told last.
     load_told: tuple[str, int] = ("", 0)
     # Sequences in steps that began and did not end, by step.
@@ -317,8 +319,6 @@ class WorkerState:
     leaving: Reason | None = None
     departed: bool = False
     last_tick: float | None = None
-    # When the daemon last found that it had stood still for longer than its sessions last.
-    paused_at: float | None = None
     loop_lag: float = 0.0
     last_heartbeat: float = 0.0
     heartbeat_due: bool = False

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from controlplane.runtime.messages.common import Reason, ReasonKind
-from controlplane.runtime.messages.session import GroupPhase
 from controlplane.runtime.timing import Timings
-from dataplane.core import drain, endings, gateways, groups, health, leader, ranks, weights
-from dataplane.core.endings import OPEN, answer, close
+from dataplane.core import drain, endings, gateways, groups, health, leader, ranks, starvation, weights
 from dataplane.core.messages import (
     DevicesRead,
     Effect,
@@ -83,7 +80,8 @@ def _dispatch_rare(turn: Turn, event: Event) -> None:
         case DevicesRead():
             health.on_read(turn, event)
         case LeaseGone():
-            _lease_gone(turn)
+            # Whether this node was taken for dead, and which of its epochs are over, is the leader's to say.
+            turn.emit(Recorded("lease_gone"))
         case TermSeen():
             see_term(turn, event.term, event.address)
         case StopAsked():
@@ -96,6 +94,7 @@ def _tick(turn: Turn, event: Tick) -> None:
     state = turn.state
     _notice_pause(turn)
     state.last_tick, state.loop_lag = turn.now, event.loop_lag
+    starvation.count(turn, event)
     for device, sample in event.samples.items():
         state.ranks[device].sample = sample
     leader.lapse(turn)
@@ -116,7 +115,6 @@ def _notice_pause(turn: Turn) -> None:
     if state.last_tick is None or turn.now - state.last_tick <= state.timings.session_silence:
         return
     paused = turn.now - state.last_tick
-    state.paused_at = turn.now
     turn.emit(Recorded("pause_noticed", details={"seconds": f"{paused:.2f}"}))
     for replica in state.replicas.values():
         replica.deadline = replica.deadline and replica.deadline + paused
@@ -124,21 +122,3 @@ def _notice_pause(turn: Turn) -> None:
         rank.let_go_by = rank.let_go_by and rank.let_go_by + paused
         if rank.preload is not None:
             rank.preload.moved += paused
-
-
-def _lease_gone(turn: Turn) -> None:
-    """The lease ended. If this daemon stood still meanwhile, the cluster held it for dead and its epochs are closed;
-    if it ran all along, only etcd was out of reach, and nothing else is wrong."""
-    state = turn.state
-    _notice_pause(turn)
-    state.last_tick = turn.now
-    paused = state.paused_at is not None and turn.now - state.paused_at < state.timings.lease_ttl
-    turn.emit(Recorded("lease_gone", details={"paused": str(paused).lower()}))
-    if not paused:
-        return
-    text = "the daemon stood still past its lease"
-    reason = Reason(kind=ReasonKind.LEASE_EXPIRED, text=text, node=state.identity.node)
-    for replica in list(state.replicas.values()):
-        if replica.phase in OPEN:
-            answer(turn, replica.replica, replica.epoch, GroupPhase.ABORTED, reason)
-            close(turn, replica, reason, blameless=True)

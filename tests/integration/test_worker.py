@@ -346,7 +346,7 @@ async def test_a_revoked_lease_is_renewed_and_nothing_closed(played: Stage) -> N
     assert await gateway.finish_of(request.choices[0].slot) == EXPECTED[:1000]
 
 
-async def test_a_daemon_that_stood_still_past_its_lease_closes_its_epochs(played: Stage) -> None:
+async def test_a_daemon_that_stood_still_past_its_lease_goes_on_unless_its_leader_ends_it(played: Stage) -> None:
     worker = await played.worker()
     epoch = await played.leader.bring_up({"cpu:0": worker.node})
     rank = await played.leader.idle_rank(worker.node, "cpu:0")
@@ -359,7 +359,7 @@ async def test_a_daemon_that_stood_still_past_its_lease_closes_its_epochs(played
 
     await eventually("its lease expires", gone)
     worker.signal(signal.SIGCONT)
-    await eventually("it notices", lambda: '"replica_closed"' in worker.log_text())
+    await eventually("it notices", lambda: '"lease_gone"' in worker.log_text())
 
     async def registered_anew() -> bool:
         now = await played.node_record(worker.node)
@@ -367,6 +367,7 @@ async def test_a_daemon_that_stood_still_past_its_lease_closes_its_epochs(played
 
     await eventually("it is registered anew", registered_anew)
     await eventually("it attaches again", lambda: len(played.leader.hellos) == 2)
+    assert '"replica_closed"' not in worker.log_text()
     assert not process_is_dead(rank)
     assert await played.leader.bring_up({"cpu:0": worker.node}) == epoch + 1
 

@@ -19,6 +19,7 @@ import dataplane.core.cursors
 import dataplane.core.gateways
 import dataplane.core.leader
 import dataplane.core.shadows
+import dataplane.core.starvation
 import dataplane.core.step
 import dataplane.core.sync
 from controlplane.gateway.state import GatewayState
@@ -158,6 +159,11 @@ def finish_without_its_token(patch: pytest.MonkeyPatch) -> None:
 
 def sync_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(worker.sync, "_find", lambda turn, stream, cursor: None)
+
+
+def pauses_are_hangs(patch: pytest.MonkeyPatch) -> None:
+    """Time in which nobody could move counts like any other."""
+    patch.setattr(worker.starvation, "count", lambda turn, event: None)
 
 
 def block_leak(patch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,12 @@ LATE_FOR_AN_EPOCH = [
 ]
 """Bodies are on their way while their replica falls and comes up again."""
 
+PAUSES = [
+    *(Fault(6.0 + 3.5 * turn, "pause", f"w{1 + turn % 2}", lasts=2.6) for turn in range(5)),
+    *(Fault(6.0 + 0.4 * turn, "burst", value=3.0) for turn in range(45)),
+]
+"""Too short for a lease, longer than a replica with work may stand still."""
+
 WITHOUT_NODES = [*(Fault(6.0, "lose_machine", name, lasts=9.0) for name in ("w1", "w2")), Fault(18.0, "break", "w3")]
 SPARE = Shape(control_planes=2, workers=3, devices=1, replicas=1, spares=1)
 ELASTIC = Shape(control_planes=1, workers=3, devices=1, replicas=1, tensor=2, elastic=1)
@@ -122,6 +128,7 @@ MUTANTS = (
     Mutant("shadows not kept", peers.orphans_dropped, ("kill",)),
     Mutant("finish apart from its token", peers.finish_without_its_token, ()),
     Mutant("Sync ignored", peers.sync_ignored, ("break",)),
+    Mutant("a pause is a hang", peers.pauses_are_hangs, PAUSES, seeds=2),
     Mutant("block leak", peers.block_leak, ()),
 )
 

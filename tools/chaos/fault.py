@@ -30,6 +30,8 @@ class Action(Enum):
     LAG = "lag"
     JUMP = "jump"
     SLOW = "slow"
+    # To a machine: whatever runs there stands still at once, as when its host pauses it or gives it no processor.
+    FREEZE = "freeze"
     # To etcd as a whole: take a snapshot; start all members from it; forget all that is past.
     SAVE = "save"
     RESTORE = "restore"
@@ -64,6 +66,7 @@ _TARGETS: dict[Action, frozenset[str]] = {
     Action.LAG: frozenset({"etcd"}),
     Action.SLOW: frozenset({"rank"}),
     Action.JUMP: _DAEMONS | {"everything"},
+    Action.FREEZE: _DAEMONS | {"everything"},
     Action.SAVE: frozenset({"etcd"}),
     Action.RESTORE: frozenset({"etcd"}),
     Action.COMPACT: frozenset({"etcd"}),
@@ -76,11 +79,12 @@ _TARGETS: dict[Action, frozenset[str]] = {
 _DISTURBING = _CABLES | {Action.UNPLUG, Action.FILL, Action.LAG}
 """Of hosts, and undone after a while."""
 
-_LASTING = _DISTURBING | {Action.SLOW, Action.DENY}
+_LASTING = _DISTURBING | {Action.SLOW, Action.DENY, Action.FREEZE}
 """Undone after a while."""
 
 _NEED_HOSTS = _DISTURBING | {
     Action.JUMP,
+    Action.FREEZE,
     Action.SAVE,
     Action.RESTORE,
     Action.COMPACT,

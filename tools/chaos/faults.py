@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from pathlib import Path
 
 from protos.perdure.v1 import common_pb2
 from tools.chaos.fault import Action, Fault, Target
@@ -83,6 +84,8 @@ class Saboteur:
                     await asyncio.sleep(fault.seconds)
             case Action.JUMP:
                 await self._jump(fault)
+            case Action.FREEZE:
+                await self._freeze(fault)
             case Action.RESTART:
                 await self._restart_all()
             case _:
@@ -175,6 +178,20 @@ class Saboteur:
             for host in hosts:
                 self._own().set_clock(host, 0.0)
 
+    async def _freeze(self, fault: Fault) -> None:
+        hosts = await self._hosts_of(fault.target)
+        if fault.target.kind == "everything":
+            hosts += self._own().groups["etcd"]
+        frozen: list[int] = []
+        try:
+            for host in hosts:
+                frozen += stop_family(self._own().daemons[host].pid)
+            await asyncio.sleep(fault.seconds)
+        finally:
+            for pid in frozen:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def _disturbed(self, fault: Fault, host: str) -> AbstractAsyncContextManager[None]:
         hosts = self._own()
         match fault.action:
@@ -234,6 +251,18 @@ class Saboteur:
             await asyncio.sleep(WHEN_POLL_S)
         await self._cluster.wait_whole(RETURN_MAX_S)
         self._say(f"{name} was restarted")
+
+
+def stop_family(pid: int) -> list[int]:
+    """SIGSTOP to a process, then to its children and theirs, so that none is born meanwhile; all that were met."""
+    stopped: list[int] = []
+    with suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, signal.SIGSTOP)
+        stopped.append(pid)
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                stopped += stop_family(int(child))
+    return stopped
 
 
 def losses_of(fault: Fault, host: str, peers: list[str]) -> list[Loss]:

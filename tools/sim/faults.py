@@ -75,6 +75,8 @@ KINDS = (
     Kind("kill", 3, "leader", (0.2, 6.0)),
     Kind("stop", 4, "process", (0.1, 6.0)),
     Kind("stop", 2, "leader", (0.5, 6.0)),
+    Kind("pause", 2, "process", (0.1, 12.0)),
+    Kind("pause_all", 1, NONE, (0.5, 20.0)),
     Kind("hang", 2, "process", (0.2, 4.0)),
     Kind("hang", 1, "leader", (0.5, 4.0)),
     Kind("jump", 2, "process", value=(0.1, 5.0)),

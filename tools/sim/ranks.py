@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from controlplane.runtime.ids import Epoch, ReplicaId
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
@@ -88,6 +89,14 @@ class RankHouse:
             one.alive and (one.host, one.device) == (host, device) and one.weights == weights for one in self.all
         )
 
+    def hung(self, replica: ReplicaId, epoch: Epoch, since: float) -> bool:
+        """A rank of the epoch was stuck, stopped or dead after `since`, or not all of them met."""
+        meshes = [mesh for (name, number, _), mesh in self._meshes.items() if (name, number) == (replica, epoch)]
+        return any(
+            not mesh.whole or mesh.broken or any(rank.hung_until >= since for rank in mesh.ranks.values())
+            for mesh in meshes
+        )
+
     def of_daemon(self, daemon: Process) -> list[SimRank]:
         return [rank for rank in self.all if rank.daemon is daemon and rank.alive]
 
@@ -103,6 +112,10 @@ class SimRank(Process):
         self.holds_device = False
         # Hangs in a kernel or a lock: alive, and moving nothing.
         self.stuck = False
+        # Its machine stands still.
+        self.paused = False
+        # It was stuck or stopped, by no machine's fault, until then; infinite while it is.
+        self.hung_until = -inf
         # Times a step is slower than it should be.
         self.slow = 1.0
         # Seconds that its daemon waits longer for all it says.
@@ -152,6 +165,12 @@ class SimRank(Process):
 
     def _release(self) -> None:
         self.holds_device = False
+
+    def hangs(self) -> None:
+        self.hung_until = inf
+
+    def hangs_no_more(self) -> None:
+        self.hung_until = self.kernel.now
 
     def say(self, frame: frames.RankFrame) -> None:
         self._heard_by = max(self._heard_by, self.kernel.now + PIPE_S + self.late)

@@ -52,6 +52,9 @@ class LeaderSafety:
                     if reason.kind is ReasonKind.LEASE_EXPIRED:
                         # A session that ends with this very event does not speak any more.
                         self._lost(leader, state, node, {} if isinstance(event, WorkerClosed) else spoke)
+                case Recorded(name="replica_closed", reason=reason) if reason is not None:
+                    if reason.kind is ReasonKind.NO_PROGRESS:
+                        self._hangs(state, effect)
                 case RevokeLease(node=node):
                     self._revokes(leader, state, node)
                 case SendWorker(_, PrepareGroup() as prepare):
@@ -75,6 +78,12 @@ class LeaderSafety:
         assert held >= timings.leader_grace - timings.heartbeat_interval, (
             f"{node} is called dead {held:.2f} s into a term"
         )
+
+    def _hangs(self, state: ClusterState, closed: Recorded) -> None:
+        """No replica is called hung but for a rank that was."""
+        since = self._world.kernel.now - state.timings.progress_deadline - 2 * state.timings.heartbeat_interval
+        hung = self._world.house.hung(closed.replica, closed.epoch, since)
+        assert hung, f"{closed.replica}@{closed.epoch} is called hung, and none of its ranks was"
 
     def _revokes(self, leader: SimCoordinator, state: ClusterState, node: NodeId) -> None:
         """Only with proof: since the session broke two connects in a row, a gap apart, were refused."""

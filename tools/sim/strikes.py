@@ -38,6 +38,16 @@ class Processes(_Strikes):
         self._world.stop(name)
         return lambda: self._world.go_on(name)
 
+    def do_pause(self, name: str, fault: Fault) -> Ends:
+        """Its machine stands still, ranks and all."""
+        self._world.pause([name])
+        return lambda: self._world.unpause([name])
+
+    def do_pause_all(self, target: str, fault: Fault) -> Ends:
+        """All machines but etcd's, which lets every lease expire."""
+        self._world.pause(self._world.hosts())
+        return lambda: self._world.unpause(self._world.hosts())
+
     def do_hang(self, name: str, fault: Fault) -> Ends:
         self._world.stop(name, hung=True)
         return lambda: self._world.go_on(name)
@@ -229,16 +239,25 @@ class Devices(_Strikes):
         if rank is None:
             return None
         rank.stop()
-        return lambda: rank.go_on() if rank.alive else None
+        rank.hangs()
+
+        def go_on() -> None:
+            if rank.alive:
+                rank.go_on()
+                rank.hangs_no_more()
+
+        return go_on
 
     def do_rank_stick(self, target: str, fault: Fault) -> Ends:
         rank = self._rank(target)
         if rank is None:
             return None
         rank.stuck = True
+        rank.hangs()
 
         def heal() -> None:
             rank.stuck = False
+            rank.hangs_no_more()
 
         return heal
 

@@ -32,6 +32,7 @@ KEYS = Keys("sim")
 DRIFT = 0.005
 """Clocks run up to half a percent fast or slow; real ones a hundred times less."""
 RANKS_DIE_AFTER_S = 0.003
+WAKES_WITHIN_S = 0.8
 STOP_GRACE_S = 0.5
 """A server that stops lets open streams be for so long; its port refuses at once."""
 
@@ -247,6 +248,24 @@ class World:
         if process is not None and not process.runs:
             process.go_on()
 
+    def pause(self, hosts: list[str]) -> None:
+        """Machines stand still: whatever runs there."""
+        for rank in self.house.all:
+            if rank.host in hosts and rank.runs:
+                rank.paused = True
+                rank.stop()
+        for name in hosts:
+            self.stop(name)
+
+    def unpause(self, hosts: list[str]) -> None:
+        for name in hosts:
+            self.go_on(name)
+        for rank in self.house.all:
+            if rank.host in hosts and rank.paused:
+                rank.paused = False
+                # What it computed for is not done in its sleep.
+                self.kernel.after(self.kernel.random.uniform(0, WAKES_WITHIN_S), rank.go_on)
+
     # ------------------------------------------------------------ who is what
 
     def leaders(self) -> list[SimCoordinator]:
@@ -295,8 +314,8 @@ class World:
         self.network.heal_all()
         self.etcd.heal()
         self.house.forks_fail = False
+        self.unpause(self.hosts())
         for name in self.hosts():
-            self.go_on(name)
             self.restart(name)
         for rank in self.house.all:
             # One that is stuck or stopped stays so: to find and to kill it is the cluster's task.

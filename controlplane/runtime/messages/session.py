@@ -140,7 +140,7 @@ class Heartbeat:
     """On change and at least every heartbeat interval."""
 
     uptime_ms: int
-    # How late the daemon's own loop ran last, in milliseconds.
+    # How late the daemon's own loop ran last.
     loop_lag_ms: int = 0
     replicas: tuple[ReplicaLoad, ...] = ()
     health: tuple[DeviceHealth, ...] = ()
@@ -153,14 +153,15 @@ class ReplicaLoad:
     free_blocks: int
     running: int
     waiting: int
-    # Recent step time, milliseconds.
     step_ms: float = 0.0
     # Moves per layer or collective while the replica works.
     progress: int = 0
-    # Recent prefix block hashes (64 bits each, little-endian), at most 4 KiB. A hint only.
+    # Recent prefix block hashes (64 bits each, little-endian), at most 4 KiB.
     prefix_digest: bytes = b""
     waiting_tokens: int = 0
     queue: tuple[QueueClass, ...] = ()
+    # Time in which its ranks here could not have moved, in all.
+    starved_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

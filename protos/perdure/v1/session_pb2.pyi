@@ -204,7 +204,7 @@ class Heartbeat(_message.Message):
     def __init__(self, uptime_ms: _Optional[int] = ..., loop_lag_ms: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ..., health: _Optional[_Iterable[_Union[DeviceHealth, _Mapping]]] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
-    __slots__ = ("replica", "epoch", "free_blocks", "running", "waiting", "step_ms", "progress", "prefix_digest", "waiting_tokens", "queue")
+    __slots__ = ("replica", "epoch", "free_blocks", "running", "waiting", "step_ms", "progress", "prefix_digest", "waiting_tokens", "queue", "starved_ms")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class ReplicaLoad(_message.Message):
     PREFIX_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_FIELD_NUMBER: _ClassVar[int]
+    STARVED_MS_FIELD_NUMBER: _ClassVar[int]
     replica: str
     epoch: int
     free_blocks: int
@@ -225,7 +226,8 @@ class ReplicaLoad(_message.Message):
     prefix_digest: bytes
     waiting_tokens: int
     queue: _containers.RepeatedCompositeFieldContainer[QueueClass]
-    def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., step_ms: _Optional[float] = ..., progress: _Optional[int] = ..., prefix_digest: _Optional[bytes] = ..., waiting_tokens: _Optional[int] = ..., queue: _Optional[_Iterable[_Union[QueueClass, _Mapping]]] = ...) -> None: ...
+    starved_ms: int
+    def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., step_ms: _Optional[float] = ..., progress: _Optional[int] = ..., prefix_digest: _Optional[bytes] = ..., waiting_tokens: _Optional[int] = ..., queue: _Optional[_Iterable[_Union[QueueClass, _Mapping]]] = ..., starved_ms: _Optional[int] = ...) -> None: ...
 
 class QueueClass(_message.Message):
     __slots__ = ("priority", "count", "tokens")

@@ -254,7 +254,7 @@ class Cluster:
         return self.step(WorkerSaid(worker.connection, head, body))
 
     def beat(self, worker: Worker) -> list[Effect]:
-        return self.say(worker, heartbeat_of(worker))
+        return self.say(worker, heartbeat_of(worker, self.now))
 
     def answer_next(self, worker: Worker) -> list[Effect]:
         """The worker handles its oldest frame."""

@@ -107,6 +107,9 @@ class Held:
     devices: dict[str, int]
     spec: ReplicaSpec
     progress: int = 0
+    # When its daemon last told of it, and how long its ranks were starved until then.
+    told: float = 0.0
+    starved_s: float = 0.0
 
 
 @dataclass
@@ -201,8 +204,9 @@ def snapshot_of(worker: Worker) -> WorkerSnapshot:
     return WorkerSnapshot(ranks=ranks, replicas=replicas, draining=worker.draining)
 
 
-def heartbeat_of(worker: Worker) -> Heartbeat:
-    """A heartbeat with the loads as they are set; progress moves on unless the load says `stuck`."""
+def heartbeat_of(worker: Worker, now: float) -> Heartbeat:
+    """A heartbeat with the loads as they are set; progress moves on unless the load says `stuck`. `starved`: for how
+    much of the time the ranks have no processor."""
     loads: list[ReplicaLoad] = []
     for name, held in worker.held.items():
         if held.phase is not ReplicaPhase.READY:
@@ -210,6 +214,8 @@ def heartbeat_of(worker: Worker) -> Heartbeat:
         values = worker.loads.get(name, {})
         running = sum(permit.replica == name for permit in worker.assigned.values())
         held.progress += 0 if values.get("stuck") else 1
+        held.starved_s += values.get("starved", 0.0) * (now - held.told)
+        held.told = now
         loads.append(
             ReplicaLoad(
                 replica=name,
@@ -220,9 +226,10 @@ def heartbeat_of(worker: Worker) -> Heartbeat:
                 step_ms=values.get("step_ms", 10.0),
                 progress=held.progress,
                 waiting_tokens=int(values.get("waiting_tokens", 0)),
+                starved_ms=round(held.starved_s * 1000),
             )
         )
-    return Heartbeat(uptime_ms=1, replicas=tuple(loads))
+    return Heartbeat(uptime_ms=round(now * 1000), replicas=tuple(loads))
 
 
 def group_state_of(

@@ -114,9 +114,9 @@ class Worker:
                 self._note(effect.frame)
         return effects
 
-    def tick(self) -> list[Effect]:
-        self.now += TICK_S
-        return self.feed(Tick(self.samples))
+    def tick(self, late: float = 0.0) -> list[Effect]:
+        self.now += TICK_S + late
+        return self.feed(Tick(self.samples, late))
 
     def wait(self, seconds: float) -> list[Effect]:
         """Time passes in ticks."""
@@ -128,8 +128,7 @@ class Worker:
 
     def freeze(self, seconds: float) -> list[Effect]:
         """The daemon does not run for a while, then ticks."""
-        self.now += seconds
-        return self.tick()
+        return self.tick(late=seconds)
 
     # ------------------------------------------------------------ ranks
 

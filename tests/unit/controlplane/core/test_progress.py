@@ -19,7 +19,7 @@ def test_a_hang_is_noticed_within_its_deadline(late_s: float) -> None:
     begun = cluster.now
     while not cluster.state.failures.records:
         assert cluster.now - begun < TIMINGS.progress_deadline + 4 * TIMINGS.heartbeat_interval
-        cluster.say(worker, Heartbeat(uptime_ms=1, replicas=(load,)))
+        cluster.say(worker, Heartbeat(uptime_ms=round(cluster.now * 1000), replicas=(load,)))
         cluster.now += TIMINGS.heartbeat_interval + late_s
         cluster.step(Tick())
     assert one(cluster).reason.kind is ReasonKind.NO_PROGRESS

@@ -10,7 +10,7 @@ from controlplane.runtime.messages.session import Heartbeat, WorkerSnapshot
 from dataplane import frames
 from dataplane.core import health, leader
 from dataplane.core.messages import Effect, RankSample, SendLeader
-from tests.scenario.worker.model import CAPACITY, TIMINGS, serving
+from tests.scenario.worker.model import CAPACITY, TIMINGS, Worker, serving
 
 
 def beats(effects: list[Effect]) -> list[Heartbeat]:
@@ -57,6 +57,28 @@ def test_a_load_carries_what_the_engine_and_the_pages_say() -> None:
     assert (load.running, load.waiting, load.free_blocks, load.progress) == (1, 1, 9, 42)
     assert load.queue[0].tokens == 7
     assert load.prefix_digest == b"digest"
+
+
+def starved_s(worker: Worker) -> float:
+    return beats(worker.wait(1))[-1].replicas[0].starved_ms / 1000
+
+
+def test_a_load_says_how_long_a_rank_was_starved() -> None:
+    worker = serving(devices=2)
+    worker.wait(1)
+    worker.samples = {f"cpu:{index}": RankSample(7, 1, 3, "R", starved_s=100.0) for index in range(2)}
+    assert starved_s(worker) == 0, "what was before is not known to have held anything up"
+    worker.samples["cpu:1"] = RankSample(7, 1, 3, "R", starved_s=100.5)
+    assert starved_s(worker) == 0.5, "one starved rank holds all up"
+    worker.samples = {f"cpu:{index}": RankSample(7, 1, 3, "R", starved_s=101.0) for index in range(2)}
+    assert starved_s(worker) == 1.5, "the hungriest at each look"
+
+
+def test_a_daemon_that_did_not_run_saw_nobody_stand_still() -> None:
+    worker = serving()
+    worker.wait(1)
+    worker.freeze(12)
+    assert starved_s(worker) == 12
 
 
 def test_a_replica_that_has_not_reported_yet_is_empty() -> None:
