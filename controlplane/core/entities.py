@@ -240,6 +240,8 @@ class Replica:
     epoch: Epoch
     # Epoch that etcd is known to hold.
     stored: Epoch
+    # The present epoch could not be written, and nobody was told of it: the next attempt takes it again.
+    unheard: bool = False
     # Members of the epoch; of the last one while it has no place.
     members: tuple[Member, ...] = ()
     # What the epoch was placed with; None for one read from etcd.

@@ -55,8 +55,10 @@ def place(
 ) -> None:
     """Begin the replica's next epoch on `members`: first in etcd."""
     assert not replica.holds_devices
-    replica.epoch = _next_epoch(state, replica.replica)
-    note_epoch(state, replica.replica, replica.epoch)
+    if not replica.unheard or replica.epoch < state.epochs[replica.replica]:
+        replica.epoch = _next_epoch(state, replica.replica)
+        note_epoch(state, replica.replica, replica.epoch)
+    replica.unheard = False
     replica.phase = ReplicaPhase.PLANNED
     replica.members, replica.spec, replica.reason = members, spec, reason
     replica.nonce = f"{state.rng.getrandbits(NONCE_BITS):032x}"
@@ -92,6 +94,8 @@ def written(state: ClusterState, done: WriteDone) -> None:
         reason = done.reason or Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="its epoch could not be written")
         close(state, replica, reason)
         replica.retry_s = state.timings.heartbeat_interval
+        # Should the write have happened after all, the next one replaces it, wherever it leads.
+        replica.unheard = reason.kind is not ReasonKind.STALE_EPOCH
         return
     replica.stored = replica.epoch
     failures.fenced(state, replica)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from controlplane.core.entities import NodePhase, Replica
+from controlplane.core.groups import note_epoch
 from controlplane.core.messages import (
     AdminAnswered,
     AdminAsked,
@@ -18,6 +19,7 @@ from controlplane.core.messages import (
     SendGateway,
     SendWorker,
     UndrainAsked,
+    WriteDone,
     WritePlacement,
 )
 from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId, RequestId
@@ -85,7 +87,7 @@ def test_prepare_only_after_the_epoch_is_written() -> None:
     assert sent(cluster.write_next(), PrepareGroup)
 
 
-def test_a_write_that_fails_is_tried_again_with_the_next_epoch() -> None:
+def test_a_write_that_fails_is_tried_again_with_its_epoch() -> None:
     cluster = started()
     cluster.etcd_up = False
     assert not sent(cluster.write_next(), PrepareGroup)
@@ -94,7 +96,7 @@ def test_a_write_that_fails_is_tried_again_with_the_next_epoch() -> None:
     cluster.tick()
     cluster.settle()
     assert replica_of(cluster).phase is ReplicaPhase.READY
-    assert replica_of(cluster).epoch == 2
+    assert replica_of(cluster).epoch == 1
     assert not replica_of(cluster).failures
 
 
@@ -270,6 +272,26 @@ def test_a_device_whose_rank_starts_is_not_free() -> None:
     assert replica_of(cluster).phase is ReplicaPhase.HELD
     cluster.rank_comes_up(worker_of(cluster))
     assert replica_of(cluster).phase is ReplicaPhase.PLANNED
+
+
+@pytest.mark.parametrize(
+    ("kind", "following"), [(ReasonKind.STORE_UNAVAILABLE, Epoch(1)), (ReasonKind.STALE_EPOCH, Epoch(2))]
+)
+def test_an_epoch_that_could_not_be_written_is_tried_again_unless_etcd_knows_a_higher_one(
+    kind: ReasonKind, following: Epoch
+) -> None:
+    cluster = started()
+    cluster.step(WriteDone(cluster.writes.popleft().write, False, Reason(kind=kind)))
+    ticks(cluster, 1)
+    assert [write.record.epoch for write in cluster.writes if isinstance(write, WritePlacement)] == [following]
+
+
+def test_an_epoch_that_could_not_be_written_is_given_up_once_a_higher_one_is_known() -> None:
+    cluster = started()
+    cluster.step(WriteDone(cluster.writes.popleft().write, False, Reason(kind=ReasonKind.STORE_UNAVAILABLE)))
+    note_epoch(cluster.state, M0, Epoch(7))
+    ticks(cluster, 1)
+    assert [write.record.epoch for write in cluster.writes if isinstance(write, WritePlacement)] == [8]
 
 
 def test_a_spare_is_taken_at_once() -> None:
