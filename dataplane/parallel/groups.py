@@ -2,8 +2,8 @@
 
 Every exchange has a deadline, is counted and timed, moves the rank's progress page, and can be ended from another
 thread. What goes wrong in it is a PeerLost that names the group and the exchange. gloo and NCCL through the same code;
-small tensors of ranks on one host through shared memory. No global default group: a process forms as many groups, one
-epoch after another, as it likes.
+small tensors of ranks on one host through memory that they share. No global default group: a process forms as many
+groups, one epoch after another, as it likes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch._C import _distributed_c10d
 
 from controlplane.runtime.errors import PeerLost
 from controlplane.runtime.messages.common import Reason, ReasonKind
+from dataplane.parallel.device_board import DeviceBoard
 from dataplane.parallel.shared_memory import Board, BoardAborted, BoardTimeout, fits
 from dataplane.parallel.sockets import Connections
 from dataplane.progress import ProgressPage
@@ -82,6 +83,7 @@ class Transport:
     timeout_s: float
     connections: Connections | None = None
     board: Board | None = None
+    device_board: DeviceBoard | None = None
 
 
 @dataclass(slots=True)
@@ -98,6 +100,8 @@ class Group:
     transport: Transport | None = None
     pulse: Pulse = field(default_factory=Pulse)
     costs: dict[str, Cost] = field(default_factory=dict)
+    # Sums that gloo or NCCL made, not a board.
+    over_backend: int = 0
     _aborted: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -118,6 +122,9 @@ class Group:
             if transport.board is not None and fits(x):
                 return _BOARD_OPERATIONS[operation](transport.board.gather(x, self._deadline(None)))
             x = x.contiguous()
+            if transport.device_board is not None and operation == SUM and transport.device_board.fits(x):
+                return transport.device_board.sum(x)
+            self.over_backend += 1
             options = dist.AllreduceOptions()
             options.reduceOp = _GLOO_OPERATIONS[operation]
             options.timeout = timedelta(seconds=transport.timeout_s)
@@ -147,7 +154,7 @@ class Group:
             parts = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
             options = dist.AllgatherOptions()
             options.timeout = timedelta(seconds=transport.timeout_s)
-            transport.backend.allgather([list(parts.unbind(0))], [x.contiguous()], options).wait()
+            transport.backend._allgather_base(parts.view(-1), x.reshape(-1), options).wait()
             return parts
 
     def broadcast(self, x: Tensor, source: int, timeout_s: float | None = None, patient: bool = False) -> Tensor:
@@ -196,15 +203,31 @@ class Group:
 
     def abort(self) -> None:
         """End the group: whoever waits in one of its exchanges, here or elsewhere, gets a PeerLost. From any thread."""
+        self.end_waits()
+        self.abort_backend()
+
+    def end_waits(self) -> None:
+        """The part of an abort that waits for nothing."""
         self._aborted.set()
         if self.transport is None:
             return
         if self.transport.board is not None:
             self.transport.board.abort()
+        if self.transport.device_board is not None:
+            self.transport.device_board.abort()
         if self.transport.connections is not None:
             self.transport.connections.shutdown()
-        if hasattr(self.transport.backend, "abort") and self.device != "cpu":
+
+    def abort_backend(self) -> None:
+        """The part that frees memory of a GPU, and so waits until whatever runs there has ended."""
+        if self.transport is not None and self.device == "cuda":
             self.transport.backend.abort()
+
+    def check(self) -> None:
+        """Raise PeerLost if the group was aborted. To be asked before results of a GPU are believed: an abort ends the
+        kernels of an exchange, and what they leave is of no meaning."""
+        if self._aborted.is_set():
+            raise self.lost(self.pulse.entered, "aborted")
 
     def close(self) -> None:
         """Let go of connections and memory, after the last exchange or an abort."""

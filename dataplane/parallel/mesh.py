@@ -6,17 +6,21 @@ each way's experts cut over the remaining tensor / expert ranks.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch._C import _distributed_c10d
 
 from controlplane.runtime.errors import PeerLost, invalid
 from controlplane.runtime.messages.common import ParallelDegrees, Reason, ReasonKind
+from dataplane.parallel.device_board import DeviceBoard, identify, is_reachable
 from dataplane.parallel.groups import Cost, Group, Pulse, Transport
 from dataplane.parallel.shared_memory import FOLDER, Board, create_board, is_supported
 from dataplane.parallel.sockets import Connections, open_sockets
@@ -24,6 +28,8 @@ from dataplane.progress import ProgressPage
 
 dist: Any = _distributed_c10d
 """Its C++ bindings have no types."""
+
+_log = structlog.get_logger()
 
 
 def world_size(degrees: ParallelDegrees) -> int:
@@ -101,7 +107,18 @@ class Mesh:
     def abort(self) -> None:
         """End every group: who is stuck in one gets a PeerLost. From any thread."""
         for group in self.groups:
-            group.abort()
+            group.end_waits()
+        # At once: each one's abort waits for kernels of the others, which end by their own.
+        on_gpu = [group for group in self.groups if group.device == "cuda"]
+        aborts = [threading.Thread(target=group.abort_backend) for group in on_gpu]
+        for thread in aborts:
+            thread.start()
+        for thread in aborts:
+            thread.join()
+
+    def check(self) -> None:
+        """Raise PeerLost if the mesh was aborted (Group.check)."""
+        self.tensor.check()
 
     def close(self) -> None:
         """Let go of all groups, after their last exchange or an abort."""
@@ -211,13 +228,14 @@ def _connect(
     host = formation.hosts[rank]
     make = _nccl if backend == "nccl" else _gloo
     process_group = make(store, group, host, device, deadline)
-    port = int(rendezvous.address.rpartition(":")[2])
-    transport = Transport(process_group, formation.collective_timeout_s, Connections(before, port))
-    hosts = {formation.hosts[member] for member in group.ranks}
-    if backend == "gloo" and len(hosts) == 1:
-        transport.board = _share_board(store, group, prefix)
+    transport = Transport(process_group, formation.collective_timeout_s)
+    on_one_host = len({formation.hosts[member] for member in group.ranks}) == 1
     if backend == "gloo":
+        transport.connections = Connections(before, int(rendezvous.address.rpartition(":")[2]))
+        transport.board = _share_board(store, group, prefix) if on_one_host else None
         process_group.set_timeout(timedelta(seconds=formation.collective_timeout_s))
+    elif on_one_host and group.name == "tensor":
+        transport.device_board = _share_device_board(store, group, prefix, device)
     return transport
 
 
@@ -229,11 +247,40 @@ def _gloo(store: Any, group: Group, host: str, device: torch.device, deadline: f
 
 
 def _nccl(store: Any, group: Group, host: str, device: torch.device, deadline: float) -> Any:
+    os.environ.update(_NCCL_WATCH)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _left(deadline)
     process_group = dist.ProcessGroupNCCL(store, group.index, group.size, options)
     process_group.eager_connect_single_device(device)
     return process_group
+
+
+_NCCL_WATCH = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
+"""torch's own watch over NCCL ends the process when a peer is lost or late. Here the daemon judges (PROTOCOL §6), and
+the process and its weights outlive the group."""
+
+
+def _share_device_board(store: Any, group: Group, prefix: str, device: torch.device) -> DeviceBoard | None:
+    """A board for GPUs of one host; None, on every rank, where one of them cannot reach the others' memory."""
+    store.set(f"gpu.{group.index}", identify(device))
+    identities = [store.get(f"gpu.{index}").decode() for index in range(group.size)]
+    if not _all_agree(store, group, "reach", is_reachable(identities, device)):
+        return None
+    try:
+        board = DeviceBoard(dist.PrefixStore("device_board", store), prefix, group.index, group.size, device)
+    except RuntimeError as error:
+        _log.warning("memory_not_shared", group=group.name, device=str(device), error=str(error))
+        board = None
+    return board if _all_agree(store, group, "shared", board is not None) else None
+
+
+def _all_agree(store: Any, group: Group, question: str, answer: bool) -> bool:
+    store.set(f"{question}.{group.index}", "yes" if answer else "no")
+    return all(store.get(f"{question}.{index}") == b"yes" for index in range(group.size))
 
 
 def _share_board(store: Any, group: Group, prefix: str) -> Board | None:
@@ -246,11 +293,10 @@ def _share_board(store: Any, group: Group, prefix: str) -> Board | None:
         store.set("board", "made")
     store.wait(["board"])
     board = _open_board(path, group)
-    store.set(f"board.{group.index}", "yes" if board is not None else "no")
-    answers = [store.get(f"board.{index}") for index in range(group.size)]
+    agreed = _all_agree(store, group, "board", board is not None)
     if group.index == 0:
         path.unlink(missing_ok=True)
-    return board if all(answer == b"yes" for answer in answers) else None
+    return board if agreed else None
 
 
 def _open_board(path: Path, group: Group) -> Board | None:

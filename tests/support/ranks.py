@@ -99,18 +99,25 @@ class Ranks:
         self._rendezvous = Rendezvous.join(address, time.monotonic() + FORM_S)
         self._epoch = 0
 
-    def mesh(self, timeout_s: float = 20.0, **degrees: int) -> Mesh:
-        """Form the next epoch's mesh over all ranks of the job."""
+    def device(self, kind: str) -> torch.device:
+        """This rank's: the CPU, or a GPU of its own."""
+        if kind == "cpu":
+            return torch.device("cpu")
+        torch.cuda.set_device(self.rank)
+        return torch.device("cuda", self.rank)
+
+    def mesh(self, timeout_s: float = 20.0, kind: str = "cpu", **degrees: int) -> Mesh:
+        """Form the next epoch's mesh over all ranks of the job, on devices of a kind."""
         self._epoch += 1
         formation = Formation(
             degrees=ParallelDegrees(**degrees),
             hosts=(HOST,) * self.size,
             nonce=f"test{self._rendezvous.store.port}",
             epoch=self._epoch,
-            backend="gloo",
+            backend="gloo" if kind == "cpu" else "nccl",
             collective_timeout_s=timeout_s,
         )
-        return form_mesh(formation, self.rank, torch.device("cpu"), self._rendezvous, time.monotonic() + FORM_S)
+        return form_mesh(formation, self.rank, self.device(kind), self._rendezvous, time.monotonic() + FORM_S)
 
 
 def _serve(rank: int, jobs: BinaryIO, answers: BinaryIO) -> None:

@@ -20,23 +20,24 @@ SMALL, LARGE = 7, SLOT_BYTES
 """Elements: through the board, and past it."""
 
 
-def exchange(ranks: Ranks) -> dict[str, Any]:
+def exchange(ranks: Ranks, kind: str = "cpu") -> dict[str, Any]:
     """Every primitive, small and large, on one group."""
-    group = ranks.mesh(tensor=ranks.size).tensor
+    group = ranks.mesh(tensor=ranks.size, kind=kind).tensor
+    device = ranks.device(kind)
     results: dict[str, Any] = {"board": group.transport is not None and group.transport.board is not None}
     for name, count in (("small", SMALL), ("large", LARGE)):
         for operation in (SUM, MEAN, MAX, MIN):
             for dtype in (torch.float32, torch.bfloat16, torch.int64):
                 if operation == MEAN and dtype == torch.int64:
                     continue
-                x = torch.full((count,), ranks.rank + 1).to(dtype)
+                x = torch.full((count,), ranks.rank + 1, device=device).to(dtype)
                 key = f"{name} {operation} {dtype}"
                 results[key] = sorted(set(group.all_reduce(x, operation).tolist()))
-        gathered = group.all_gather(torch.full((count, 2), ranks.rank))
+        gathered = group.all_gather(torch.full((count, 2), ranks.rank, device=device))
         results[f"{name} all_gather"] = [gathered.shape[0], [int(part.unique()) for part in gathered]]
-        x = torch.full((count,), float(ranks.rank))
+        x = torch.full((count,), float(ranks.rank), device=device)
         results[f"{name} broadcast"] = float(group.broadcast(x, 1).mean())
-        reduced = group.reduce(torch.full((count,), float(ranks.rank)), 1)
+        reduced = group.reduce(torch.full((count,), float(ranks.rank), device=device), 1)
         results[f"{name} reduce"] = float(reduced.mean()) if ranks.rank == 1 else None
     group.barrier()
     results["costs"] = {kind: [cost.calls, cost.bytes > 0] for kind, cost in group.costs.items()}
