@@ -189,7 +189,7 @@ class Rank:
 
     def _prepare(self) -> None:
         prepared = self._expect_prepared()
-        torch.set_num_threads(_threads(prepared))
+        self._use_device(_threads(prepared))
         address = ""
         if len(prepared.members) > 1 and prepared.rank == 0:
             self._rendezvous = Rendezvous.listen(prepared.members[0].host)
@@ -232,15 +232,16 @@ class Rank:
         engine = held.engine if _shape(held.spec) == _shape(spec) else None
         meet(mesh.control)
         everywhere = all(all_gather_data(mesh.control, engine is not None))
-        if engine is not None and everywhere:
-            engine.attach(held.model)
-            return engine
-        held.engine = engine = None
-        self._holding.hide()
 
         def report(stage: str, share: float) -> None:
             self._progress(stage, READ_SHARE + (1 - READ_SHARE) * share)
 
+        if engine is None or not everywhere or self._device.type == "cuda":
+            self._holding.hide()
+        if engine is not None and everywhere:
+            engine.attach(held.model, report)
+            return engine
+        held.engine = engine = None
         if prepared.rank == 0:
             step_s = prepared.collective_timeout_ms / 1000 * STEP_SHARE
             held.engine = Engine(held.model, spec, self._device, self._page, step_s, report)
@@ -276,13 +277,19 @@ class Rank:
         """All that needs no peers: read the weights, and pack them on a CPU."""
         spec = frame.spec
         # Others compute on this host.
-        torch.set_num_threads(spec.cpu_threads or 1)
+        self._use_device(spec.cpu_threads or 1)
         mesh = plan_mesh(replace(spec.degrees, data=1), frame.rank)
         held = self._holding.hold(spec, mesh, _addresses(frame.sources), lambda *_: self._look_up())
         if self._device.type == "cpu":
             pack(held.model.module, lambda _: self._look_up())
         self._holding.show(spec, frame.host)
         self._holding.warm(spec)
+
+    def _use_device(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        if self._device.type == "cuda":
+            # Kernels of our own go to the thread's device, wherever their tensors lie.
+            torch.cuda.set_device(self._device)
 
     def _look_up(self) -> None:
         """Tell the daemon that this rank moves, and hear whether it wants something else. Raises Interrupted."""
@@ -298,7 +305,7 @@ class Rank:
     def _leave(self) -> None:
         """End the epoch: its sequences and its group go, process and weights stay."""
         if self._serving is not None:
-            self._serving.reset(Epoch(0))
+            self._serving.leave()
         if self._watch is not None:
             self._watch.stop()
         if self._mesh is not None:

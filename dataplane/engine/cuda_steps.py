@@ -142,10 +142,10 @@ class CudaSteps:
         self._ends_E = np.cumsum(unpack(plan.logit_counts)) - 1
         size = self._size(step) if hidden_TH is None else None
         if size is None or self._stage(step, size) is None:
-            return self._forward(self._stage_whole(step), hidden_TH)
+            return self._gathered(self._forward(self._stage_whole(step), hidden_TH))
         captured = self._graphs[size]
         captured.graph.replay()
-        return captured.result
+        return self._gathered(captured.result)
 
     def keep(self, tokens_N: Tensor) -> None:
         """What the step launched last gave, by row of logits, for the next one to take."""
@@ -154,6 +154,9 @@ class CudaSteps:
 
     def capture(self, sequences: int, moved: Callable[[float], None]) -> None:
         """Capture graphs for decodes of up to `sequences` rows and for small mixed steps; at least one step has run."""
+        self.drop_graphs()
+        if not self._may_capture():
+            return
         self._decode_rows = decode_sizes(sequences)
         self._mixed_rows = mixed_sizes(min(GRAPH_TOKENS_MAX, len(self._drawn_N)))
         self._logits_max = sequences
@@ -163,18 +166,34 @@ class CudaSteps:
         # The largest first: the others fit into its memory.
         for index, size in enumerate(sorted(sizes, key=lambda item: -item.rows)):
             moved(index / len(sizes))
-            self._graphs[size] = self._capture(size, pool)
+            graph = self._capture(size, pool)
+            if graph is not None:
+                self._graphs[size] = graph
         torch.cuda.synchronize(self._device)
 
-    def _capture(self, size: Size, pool: Any) -> _Graph:
+    def drop_graphs(self) -> None:
+        """Until the next `capture`, steps run without."""
+        self._graphs.clear()
+
+    def _may_capture(self) -> bool:
+        group = self._model.mesh.tensor
+        return group.size == 1 or (group.transport is not None and group.transport.device_board is not None)
+
+    def _capture(self, size: Size, pool: Any) -> _Graph | None:
+        """None: NCCL would be in it, whose abort waits until no graph is left that holds its kernels."""
         tensors = self._stage(_idle_step(), size)
         assert tensors is not None, "a step of nothing fits"
+        group = self._model.mesh.tensor
         with torch.inference_mode():
             # Once outside: libraries set themselves up at a first call.
+            before = group.over_backend
             self._forward(tensors, None)
             torch.cuda.synchronize(self._device)
+            if group.over_backend > before:
+                return None
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # Other threads may use the device: NCCL's watch, an abort.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = self._forward(tensors, None)
         return _Graph(graph, StepResult(result.out, result.best_N, captured=True))
 
@@ -186,7 +205,7 @@ class CudaSteps:
         if index == len(sizes) or len(step.rows_N) > self._logits_max:
             return None
         size = Size(sizes[index], sizes[index] if decode else min(sizes[index], self._logits_max), decode)
-        return size if len(step.rows_N) <= size.logits else None
+        return size if size in self._graphs and len(step.rows_N) <= size.logits else None
 
     def _forward(self, tensors: StepTensors, hidden_TH: Tensor | None) -> StepResult:
         mesh = self._model.mesh
@@ -197,13 +216,20 @@ class CudaSteps:
         rows_N = slice(None) if tensors.rows_N is None or self._ends_early else tensors.rows_N
         with running(step), self._operations():
             out = self._model.forward(tokens_T, hidden_TH, tensors.positions_T, rows_N, tensors.ropes_T)
-        if not mesh.is_last_stage:
+        if not mesh.is_last_stage or mesh.tensor.size > 1:
             return StepResult(out, None, captured=False)
-        parts = mesh.tensor.all_gather(out.contiguous()) if mesh.tensor.size > 1 else out.unsqueeze(0)
-        logits_NV = parts.transpose(0, 1).flatten(1) if len(parts) > 1 else parts[0]
+        return self._with_best(out)
+
+    def _gathered(self, result: StepResult) -> StepResult:
+        """With the logits of all tensor ranks side by side."""
+        mesh = self._model.mesh
+        if not mesh.is_last_stage or mesh.tensor.size == 1:
+            return result
+        return self._with_best(mesh.tensor.all_gather(result.out).transpose(0, 1).flatten(1))
+
+    def _with_best(self, logits_NV: Tensor) -> StepResult:
         logits_NV = logits_NV[:, : self._model.vocab_size]
-        best_N = greedy(logits_NV, self._drawn_N)
-        return StepResult(logits_NV, best_N, captured=False)
+        return StepResult(logits_NV, greedy(logits_NV, self._drawn_N), captured=False)
 
     # ------------------------------------------------------------ inputs
 

@@ -117,10 +117,15 @@ class Engine:
         if self._page is not None:
             self._page.set_step(0)
 
-    def attach(self, model: FittedModel) -> None:
-        """Go on with the same weights and cache on another epoch's mesh. A `reset` follows."""
+    def leave(self) -> None:
+        """The mesh is over: drop all sequences, and what holds on to its groups. An `attach` may follow."""
+        self.reset(Epoch(0))
+        self._runner.leave()
+
+    def attach(self, model: FittedModel, report: Report) -> None:
+        """Go on with the same weights and cache on another epoch's mesh, all its ranks together. A `reset` follows."""
         self._model = model
-        self._runner.attach(model)
+        self._runner.attach(model, lambda share: report("capture", share))
 
     def close(self) -> None:
         """Let the followers go, until they `run` again. For an engine without a daemon, which would end them."""
@@ -227,6 +232,7 @@ class Engine:
         # The step's one wait for the device.
         waiting = time.perf_counter()
         drawn = given.tokens.wait()
+        self._model.mesh.check()
         now = time.perf_counter()
         self.waited_s += now - waiting
         prompts = sum(entry.count for entry in entries if entry.count > 1)

@@ -37,9 +37,14 @@ class Follower:
     def capacity(self) -> Capacity:
         return capacity(self._limits, self._facts)
 
-    def attach(self, model: FittedModel) -> None:
-        """Go on with the same weights and cache on another epoch's mesh."""
-        self._runner.attach(model)
+    def leave(self) -> None:
+        """See Engine."""
+        self.reset(Epoch(0))
+        self._runner.leave()
+
+    def attach(self, model: FittedModel, report: Report) -> None:
+        """See Engine."""
+        self._runner.attach(model, lambda share: report("capture", share))
 
     def reset(self, epoch: Epoch) -> None:
         """Nothing is kept between steps: what is cached is the driver's to know."""

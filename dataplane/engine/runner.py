@@ -97,11 +97,22 @@ class ModelRunner:
         self._limits = limits
         self._steps: CudaSteps | None = None
         self._choice: Choice | None = None
-        self.attach(model)
+        self._captures = False
+        self._attach(model)
         self._cache = self._new_cache(0)
 
-    def attach(self, model: FittedModel) -> None:
-        """Go on with the same weights on another epoch's mesh."""
+    def attach(self, model: FittedModel, report: Callable[[float], None]) -> None:
+        """Go on with the same weights on another epoch's mesh. All its ranks together."""
+        self._attach(model)
+        if self._captures:
+            self.capture(report)
+
+    def leave(self) -> None:
+        """The mesh is over: what was captured of exchanges with its ranks goes."""
+        if self._steps is not None and self._mesh.control.size > 1:
+            self._steps.drop_graphs()
+
+    def _attach(self, model: FittedModel) -> None:
         self._model = model
         self._mesh = model.mesh
         self._stages = StageLink(self._mesh.pipeline, model.config.hidden_size, model.dtype, self._device)
@@ -132,8 +143,9 @@ class ModelRunner:
             self._probe(probe_plan(1, self._block_tokens))
 
     def capture(self, report: Callable[[float], None]) -> None:
-        """Capture CUDA graphs of small steps, where this rank is alone and on a GPU."""
-        if self._steps is not None and self._mesh.world.size == 1:
+        """Capture CUDA graphs of small steps, where there is a GPU and one stage. All ranks together."""
+        self._captures = True
+        if self._steps is not None and self._mesh.pipeline.size == 1:
             self._steps.capture(self._limits.sequences, report)
 
     def launch(self, plan: StepPlan) -> None:
@@ -184,7 +196,7 @@ class ModelRunner:
     def _send_logits(self, logits_NV: Tensor) -> None:
         while len(self._sent) >= self._mesh.pipeline.size:
             self._sent.popleft().wait()
-        self._sent.append(self._mesh.pipeline.send(logits_NV.to(self._model.dtype), 0))
+        self._sent.append(self._mesh.world.send(logits_NV.to(self._model.dtype), self._mesh.control.ranks[0]))
 
     def feed(self, drawn_N: Tensor) -> None:
         """Driver only: what the step launched last gave, by row of logits, for the next one to take from the device."""
@@ -198,7 +210,9 @@ class ModelRunner:
         if self._mesh.is_last_stage:
             return self._outputs.popleft()
         logits = torch.empty(rows, self._model.vocab_size, dtype=self._model.dtype, device=self._device)
-        return Output(self._mesh.pipeline.receive(logits, self._mesh.pipeline.size - 1) if rows else logits)
+        # Not over the pipeline's group: on a GPU what one group sends and receives goes in one order, and hidden states
+        # that wait for room at the next stage would hold up the logits that it must get rid of first.
+        return Output(self._mesh.world.receive(logits, self._mesh.pipeline.ranks[-1]) if rows else logits)
 
     def measure(self, tokens: int) -> float:
         """Seconds that a prompt of so many tokens takes, in a cache of its own that is dropped again.
