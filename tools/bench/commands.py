@@ -17,6 +17,7 @@ def engine_command(
     peer: Annotated[
         Literal["none", "transformers"], typer.Option(help="Run the peer in turn with us, and print the ratio.")
     ] = "none",
+    tensor: Annotated[int, typer.Option(min=1, help="GPUs that a model is cut over.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Repeats of each workload; medians count.")] = 3,
     model: Annotated[str, typer.Option(help="On a CPU: a model folder or name.")] = "gemma-3-270m",
     disable_cuda_graph: Annotated[bool, typer.Option("--disable-cuda-graph")] = False,
@@ -33,8 +34,9 @@ def engine_command(
 ) -> None:
     """Whole workloads through the engine: requests in, tokens out.
 
-    On a GPU: (a) 256 mixed requests at once, (b) one request, (c) 32 prompts of 2,048 tokens; beside them memory
-    bandwidth and cuBLAS, measured in the same run. On a CPU: one request, 16 equal ones, a queue of 64 mixed ones.
+    On GPUs: (a) 256 mixed requests at once, (b) one request, (c) 32 prompts of 2,048 tokens; for one GPU beside them
+    memory bandwidth and cuBLAS, measured in the same run. On a CPU: one request, 16 equal ones, a queue of 64 mixed
+    ones.
     """
     # Only here: asking for help needs no torch.
     from tools.bench import engine_cpu, engine_gpu
@@ -48,7 +50,8 @@ def engine_command(
             "numerics": numerics,
             "kv_cache_dtype": kv_cache_dtype,
         }
-        report = engine_gpu.measure([name.strip() for name in models.split(",")], rounds, options, with_profile=profile)
+        names = [name.strip() for name in models.split(",")]
+        report = engine_gpu.measure(names, rounds, options, tensor=tensor, with_profile=profile)
     else:
         report = engine_cpu.measure(
             model, rounds, with_peer=peer == "transformers", overlap=overlap, with_profile=profile

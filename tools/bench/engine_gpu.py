@@ -1,4 +1,4 @@
-"""The engine on one GPU, beside what the GPU itself reaches."""
+"""The engine on one GPU, beside what the GPU itself reaches; or cut over several."""
 
 from __future__ import annotations
 
@@ -10,32 +10,38 @@ from collections.abc import Sequence
 import torch
 import transformers
 
+from dataplane.parallel.mesh import Mesh
 from tools.bench.floors import linears_ms, read_bandwidth
 from tools.bench.profile import decode_rows
+from tools.bench.ranks import tensor_mesh
 from tools.bench.rows import Report, Row
 from tools.bench.start import median_outcome, run_jobs, start_shape, token_ms
 from tools.bench.workloads import SHAPES, Job, Shape, equal_jobs, mixed_jobs
 
-SEQUENCES = 256
-MODEL_TOKENS = 4096
 PREFILL_ROWS = 8192
 
 _FLOOR_ROWS = (1, 64, 128, 192, 256)
 
 
-def measure(names: Sequence[str], rounds: int, options: dict[str, object], *, with_profile: bool) -> Report:
-    """The three workloads for each shape in `names`, and with a profile where a decode step's time goes."""
-    device = torch.device("cuda")
+def measure(
+    names: Sequence[str], rounds: int, options: dict[str, object], *, tensor: int, with_profile: bool
+) -> Report:
+    """The three workloads for each shape in `names`, over `tensor` GPUs, and with a profile where a decode step's time
+    goes."""
+    device = torch.device("cuda", 0)
     bandwidth = read_bandwidth(device)
     torch.cuda.empty_cache()
-    report = Report("Engine on one GPU, bf16, random weights, greedy", _conditions(bandwidth))
-    for name in names:
-        shape = SHAPES[name]
-        report.rows.extend(_ours(name, shape, device, rounds, options, with_profile=with_profile))
-        gc.collect()
-        torch.cuda.empty_cache()
-        _compare(report, name, shape, device, bandwidth)
-        torch.cuda.empty_cache()
+    gpus = "one GPU" if tensor == 1 else f"{tensor} GPUs"
+    report = Report(f"Engine on {gpus}, bf16, random weights, greedy", _conditions(bandwidth))
+    with tensor_mesh(tensor, names, options) as mesh:
+        for name in names:
+            shape = SHAPES[name]
+            report.rows.extend(_ours(name, shape, device, mesh, rounds, options, with_profile=with_profile))
+            gc.collect()
+            torch.cuda.empty_cache()
+            if tensor == 1:
+                _compare(report, name, shape, device, bandwidth)
+                torch.cuda.empty_cache()
     return report
 
 
@@ -49,16 +55,16 @@ def _conditions(bandwidth: float) -> dict[str, str]:
 
 
 def _ours(
-    name: str, shape: Shape, device: torch.device, rounds: int, options: dict[str, object], *, with_profile: bool
+    name: str,
+    shape: Shape,
+    device: torch.device,
+    mesh: Mesh,
+    rounds: int,
+    options: dict[str, object],
+    *,
+    with_profile: bool,
 ) -> list[Row]:
-    started = start_shape(
-        shape,
-        device,
-        max_sequences=SEQUENCES,
-        max_batch_tokens=shape.batch_tokens,
-        max_model_tokens=MODEL_TOKENS,
-        **options,
-    )
+    started = start_shape(shape, device, mesh, options)
     engine = started.engine
     one, prompts = equal_jobs(1, 128, 128), equal_jobs(32, 2048, 1)
     # What a first request of its kind sets up once is not measured.
@@ -68,6 +74,7 @@ def _ours(
     prefill = median_outcome(engine, prompts, rounds)
     mixed = median_outcome(engine, mixed_jobs(), rounds)
     profiled = decode_rows(name, engine) if with_profile else []
+    engine.close()
     return [
         Row(name, "start to ready", started.seconds, "s"),
         Row(name, "(a) 256 mixed requests", mixed.seconds, "s"),

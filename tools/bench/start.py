@@ -20,6 +20,10 @@ from dataplane.models.fit import FittedModel, load_model
 from dataplane.parallel.mesh import Mesh
 from tools.bench.workloads import Job, Shape
 
+SEQUENCES = 256
+MODEL_TOKENS = 4096
+"""Of engines with random weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -49,21 +53,45 @@ class Started:
     seconds: float
 
 
-def start_shape(shape: Shape, device: torch.device, **options: object) -> Started:
-    """An engine with random bf16 weights of a shape."""
+def start_shape(shape: Shape, device: torch.device, mesh: Mesh, options: dict[str, object]) -> Started:
+    """The driver's engine with random bf16 weights of a shape."""
+    begun = time.perf_counter()
+    model, spec = load_shape(shape, device, mesh, options)
+    engine = Engine(model, spec, device)
+    return Started(engine, model, time.perf_counter() - begun)
+
+
+def load_shape(
+    shape: Shape, device: torch.device, mesh: Mesh, options: dict[str, object]
+) -> tuple[FittedModel, ReplicaSpec]:
+    """A rank's part of random bf16 weights of a shape."""
     with tempfile.TemporaryDirectory() as folder:
         config = {"model_type": shape.family, **shape.config, "eos_token_id": 0, "bos_token_id": 0}
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        return start(Path(folder), device, dtype="bfloat16", load_format="dummy", **options)
+        spec = _spec(
+            Path(folder),
+            dtype="bfloat16",
+            load_format="dummy",
+            degrees=mesh.degrees,
+            max_sequences=SEQUENCES,
+            max_batch_tokens=shape.batch_tokens,
+            max_model_tokens=MODEL_TOKENS,
+            **options,
+        )
+        return load_model(spec, mesh, device, lambda *_: None), spec
 
 
 def start(folder: Path, device: torch.device, **options: object) -> Started:
     """An engine for the model in `folder`."""
     begun = time.perf_counter()
-    spec = ReplicaSpec(deployment=DeploymentId("bench"), model_path=str(folder), **options)  # type: ignore[arg-type]
+    spec = _spec(folder, **options)
     model = load_model(spec, Mesh.single(), device, lambda *_: None)
     engine = Engine(model, spec, device)
     return Started(engine, model, time.perf_counter() - begun)
+
+
+def _spec(folder: Path, **options: object) -> ReplicaSpec:
+    return ReplicaSpec(deployment=DeploymentId("bench"), model_path=str(folder), **options)  # type: ignore[arg-type]
 
 
 def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Outcome:
