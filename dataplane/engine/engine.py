@@ -102,6 +102,7 @@ class Engine:
         self._pacer.observe(ready.probe_tokens, ready.probe_s)
         # Seconds that the host has waited for the device, in all.
         self.waited_s = 0.0
+        self._scheduler = BatchScheduler(self._limits)
         self.reset(Epoch(0))
 
     # ------------------------------------------------------------ life
@@ -109,7 +110,7 @@ class Engine:
     def reset(self, epoch: Epoch) -> None:
         """Drop all sequences and everything cached; frames carry `epoch` from now on."""
         self._epoch = epoch
-        self._scheduler = BatchScheduler(self._limits)
+        self._scheduler = BatchScheduler(self._limits, self._scheduler.unscrubbed)
         self._prompt_logprobs = PromptLogprobs()
         self._refused: list[Ended] = []
         self._flights: deque[Flight] = deque()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from controlplane.runtime.packing import pack_u32
+from controlplane.runtime.packing import pack_u32, unpack_u32
 
 NO_FEEDBACK = 0xFFFFFFFF
 
@@ -37,6 +37,16 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     feedback: bytes
     # Blocks to zero before the step: a sequence left values in them that are no numbers.
     scrub: bytes = b""
+
+
+def written_blocks(plan: StepPlan, block_tokens: int) -> list[int]:
+    """The blocks in which the step stores keys and values."""
+    tables, offset, written = unpack_u32(plan.tables), 0, list[int]()
+    columns = unpack_u32(plan.starts), unpack_u32(plan.table_lengths)
+    for start, length in zip(*columns, strict=True):
+        written += tables[offset + start // block_tokens : offset + length]
+        offset += length
+    return written
 
 
 def probe_plan(tokens: int, block_tokens: int) -> StepPlan:

@@ -24,7 +24,7 @@ from dataplane.engine.attention_cpu import CpuAttentionStep
 from dataplane.engine.inputs import StepInputs, prepare, unpack
 from dataplane.engine.kv_cache import KVCache
 from dataplane.engine.linear import ROWS_MIN, pack
-from dataplane.engine.plan import StepPlan, probe_plan
+from dataplane.engine.plan import StepPlan, probe_plan, written_blocks
 from dataplane.models.accelerate import Kit, accelerate, is_accelerated
 from dataplane.models.cpu_layers import CpuKit
 from dataplane.models.fit import FittedModel, assert_attention_reached
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS_FIRST = 48
 """Length of the prompt that fast modules are compared on."""
+
+STEPS_AHEAD_MAX = 2
+"""Steps launched before the oldest one is done, beside one a stage."""
 
 FAST_ERROR_MAX = 0.1
 """Relative difference that other roundings may make in half precision; a wrong module makes one near 1."""
@@ -98,11 +101,14 @@ class ModelRunner:
         self._steps: CudaSteps | None = None
         self._choice: Choice | None = None
         self._captures = False
+        # The latest steps: as many as may not be done when their epoch ends.
+        self._recent: deque[StepPlan] = deque()
         self._attach(model)
         self._cache = self._new_cache(0)
 
     def attach(self, model: FittedModel, report: Callable[[float], None]) -> None:
-        """Go on with the same weights on another epoch's mesh. All its ranks together."""
+        """Go on with the same weights and cache on another epoch's mesh. All its ranks together."""
+        self._scrub_unfinished()
         self._attach(model)
         if self._captures:
             self.capture(report)
@@ -115,6 +121,7 @@ class ModelRunner:
     def _attach(self, model: FittedModel) -> None:
         self._model = model
         self._mesh = model.mesh
+        self._recent = deque(maxlen=self._mesh.pipeline.size + STEPS_AHEAD_MAX)
         self._stages = StageLink(self._mesh.pipeline, model.config.hidden_size, model.dtype, self._device)
         if self._steps is not None:
             self._steps.attach(model)
@@ -129,9 +136,16 @@ class ModelRunner:
     def mesh(self) -> Mesh:
         return self._mesh
 
+    def _scrub_unfinished(self) -> None:
+        """Steps that an epoch's end cut off may have stored what is no number, out of an exchange that was aborted."""
+        with torch.inference_mode():
+            for plan in self._recent:
+                self._cache.scrub(written_blocks(plan, self._block_tokens))
+
     def allocate(self, total_blocks: int) -> None:
         """An empty cache of so many blocks; the old one is dropped first."""
         self._steps = None
+        self._recent.clear()
         self._cache = self._new_cache(0)
         self._cache = self._new_cache(total_blocks)
         if self._device.type == "cuda" and total_blocks:
@@ -150,6 +164,7 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> None:
         """Run this rank's part of a step. Returns once the next rank can go on, with work still on the device."""
+        self._recent.append(plan)
         with torch.inference_mode():
             if plan.scrub:
                 self._cache.scrub(unpack_u32(plan.scrub).tolist())

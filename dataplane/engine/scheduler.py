@@ -51,7 +51,8 @@ class Load:
 class BatchScheduler:
     """Plans steps over the sequences of its book."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, scrub: Iterable[int] = ()) -> None:
+        """`scrub`: blocks that its first step is to zero."""
         self._limits = limits
         self._book = SequenceBook(limits)
         self._pool = self._book.pool
@@ -59,7 +60,7 @@ class BatchScheduler:
         self._clock = 0
         self._steps = 0
         self._solo_next = True
-        self._scrub: list[int] = []
+        self._scrub = list(scrub)
 
     # ------------------------------------------------------------ input and state
 
@@ -105,6 +106,11 @@ class BatchScheduler:
     def newest_prefixes(self, count: int) -> list[bytes]:
         """Hashes of the blocks published or used last, newest first."""
         return self._pool.newest(count)
+
+    @property
+    def unscrubbed(self) -> Column[int]:
+        """Blocks that the next step is to zero: a sequence left values in them that are no numbers."""
+        return self._scrub
 
     def check(self) -> None:
         """Assert the invariants between sequences, queues and blocks."""

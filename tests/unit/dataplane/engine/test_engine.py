@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from controlplane.runtime.errors import Rejected
+from controlplane.runtime.errors import PeerLost, Rejected
 from controlplane.runtime.ids import DeploymentId, Epoch
-from controlplane.runtime.messages.common import ReasonKind, ReplicaSpec, Sampling
+from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec, Sampling
 from controlplane.runtime.messages.serve import FinishReason
 from controlplane.runtime.packing import unpack_f32, unpack_u32
 from dataplane.engine.engine import Engine
@@ -267,6 +267,45 @@ def test_logits_of_no_numbers_end_only_their_sequence(make_engine: MakeEngine) -
     assert answers[1].tokens == healthy.tokens == after[0].tokens
     assert after[1].finished is not None
     assert after[1].finished.reason is FinishReason.LENGTH
+
+
+def test_what_is_no_number_does_not_outlive_its_epoch(make_engine: MakeEngine) -> None:
+    """Its blocks were still to be zeroed when the epoch ended."""
+    engine = make_engine(kv_cache_tokens=128, max_model_tokens=100)
+    table = engine._model.module.get_input_embeddings().weight
+    kept = table[300].clone()
+    table[300] = float("nan")
+    try:
+        generate(engine, [submission(2, [300] * 60, GREEDY)])
+    finally:
+        table[300] = kept
+    engine.reset(Epoch(1))
+    after = generate(engine, [submission(4, [14] * 30, GREEDY), submission(5, [15] * 30, GREEDY)])
+    assert [answer.finished.reason for answer in after if answer.finished] == [FinishReason.LENGTH] * 2
+
+
+def test_what_an_aborted_step_stored_does_not_outlive_its_epoch(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(kv_cache_tokens=128, max_model_tokens=100)
+    runner, prompt = engine._runner, [14] * 30
+    undisturbed = generate(engine, [submission(1, prompt, GREEDY)])[0]
+    engine.reset(Epoch(1))
+
+    def torn(out: torch.Tensor) -> None:
+        for cache in (*runner._cache.keys, *runner._cache.values):
+            cache[cache != 0] = float("nan")
+        raise PeerLost(Reason(kind=ReasonKind.GROUP_FAILED))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_pass_on", torn)
+        engine.submit([submission(2, [15] * 60, GREEDY)])
+        with pytest.raises(PeerLost):
+            engine.step()
+    engine.reset(Epoch(0))
+    engine.attach(engine._model, lambda *_: None)
+    engine.reset(Epoch(2))
+    assert generate(engine, [submission(3, prompt, GREEDY)])[0].tokens == undisturbed.tokens
 
 
 # ---------------------------------------------------------------- around a step
