@@ -57,10 +57,11 @@ def choose(losses: Sequence[Loss], spots: Sequence[Spot], count: int) -> Mapping
     return ledger.chosen
 
 
-def _urgency(loss: Loss, ledger: _Ledger) -> tuple[bool, int, ReplicaId, NodeId]:
-    """What can be covered whole first, then what mostly is already."""
+def _urgency(loss: Loss, ledger: _Ledger) -> tuple[bool, bool, int, ReplicaId, NodeId]:
+    """What can be covered whole first, best away from its node, then what mostly is already."""
     held = sum(ledger.holds(rank, besides=loss.node) for rank in loss.ranks)
-    return len(loss.ranks) > ledger.left, -held, loss.replica, loss.node
+    count = len(loss.ranks)
+    return count > ledger.left, count > ledger.left_away(loss.node), -held, loss.replica, loss.node
 
 
 class _Ledger:
@@ -73,8 +74,13 @@ class _Ledger:
         # Nodes of the chosen spots, and of those still to be had, by rank.
         self._copies: dict[int, list[NodeId]] = {}
         self._holding: dict[int | None, Counter[NodeId]] = {}
+        self._at = Counter(spot.node for spot in spots)
         for spot in spots:
             self._holding.setdefault(spot.rank, Counter())[spot.node] += 1
+
+    def left_away(self, node: NodeId) -> int:
+        """Spots that are still to be had on other nodes."""
+        return min(self.left, len(self._spots) - self._at[node])
 
     def holds(self, rank: int, besides: NodeId) -> bool:
         """A spot on another node holds the rank's shard."""
@@ -110,6 +116,7 @@ class _Ledger:
         spot = min(self._spots, key=order)
         self._spots.remove(spot)
         self._holding[spot.rank][spot.node] -= 1
+        self._at[spot.node] -= 1
         self.left -= 1
         self._copies.setdefault(rank, []).append(spot.node)
         self.chosen[spot.node, spot.device] = Choice(rank, _reason(rank, loss, near=spot.node == loss.node))

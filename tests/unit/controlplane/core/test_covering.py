@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from controlplane.core.covering import Choice, Loss, Spot, choose
@@ -62,6 +62,10 @@ def test_never_on_the_node_that_dies_if_there_is_another() -> None:
     assert chosen[NodeId("w1"), "1"].reason.text == "rank 0 of m-0 on its own node w1: no other has a free device"
 
 
+def test_what_another_node_can_cover_comes_before_what_its_own_would() -> None:
+    assert shown(choose(TWO_STAGES, spots("w1/2", "w1/3", "w1/4"), 3)) == "w1/2=2 w1/3=3 w1/4=0"
+
+
 def test_one_shard_covers_all_replicas_that_run_it() -> None:
     both = losses("w1:0,1") + losses("w2:0,1", replica="m-1")
     assert shown(choose(both, spots("w3/0", "w3/1"), 2)) == "w3/0=0 w3/1=1"
@@ -80,6 +84,7 @@ def test_a_device_whose_preloads_fail_is_left_for_another() -> None:
     assert shown(choose(losses("w1:0"), spots("w3/0", "w4/0", failed="w3/0"), 1)) == "w4/0=0"
 
 
+@example(tensor=2, stages=2, places=[0, 0, 0], count=3)
 @given(st.integers(1, 4), st.integers(1, 3), st.lists(st.integers(0, 3), max_size=8), st.integers(0, 8))
 def test_the_choice_is_stable(tensor: int, stages: int, places: list[int], count: int) -> None:
     lost = [
