@@ -170,7 +170,8 @@ def channel_options(timings: Timings) -> GrpcOptions:
     return [
         *_ping_options(timings, timings.ping_timeout),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # Bounds one attempt to connect: a busy peer takes its time to answer, and is judged as later by its frames.
+        ("grpc.min_reconnect_backoff_ms", round(timings.session_silence * 1000)),
         ("grpc.max_reconnect_backoff_ms", max(100, round(timings.heartbeat_interval * 1000))),
         ("grpc.use_local_subchannel_pool", 1),
     ]
