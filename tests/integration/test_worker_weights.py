@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
-from controlplane.runtime.etcd_server import EtcdChild
 from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId
 from controlplane.runtime.messages.common import ReplicaSpec, Sampling
 from controlplane.runtime.messages.session import HeldWeights, PreloadWeights, WeightSource, WeightsState
 from dataplane.rank_pool import RANK_ENTRY
 from tests.support.models import blank_weights, tiny_model
-from tests.support.worker import REPLICA, PlayedGateway, Stage, stage
+from tests.support.worker import Stage
+from tests.support.worker_peers import REPLICA, PlayedGateway
 from tests.unit.dataplane.engine.reference import greedy
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
@@ -26,21 +24,6 @@ START_S = 180.0
 PROMPT = [5, 17, 99, 300, 4, 4, 23, 8]
 TOKENS = 12
 SAMPLING = Sampling(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def etcd(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EtcdChild]:
-    folder = tmp_path_factory.mktemp("etcd")
-    server = EtcdChild(data_dir=folder / "data", log_path=folder / "etcd.log")
-    await server.start()
-    yield server
-    await server.stop()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def played(etcd: EtcdChild, tmp_path: Path) -> AsyncIterator[Stage]:
-    async with stage(etcd, tmp_path) as played:
-        yield played
 
 
 async def held(played: Stage, device: str) -> HeldWeights:
