@@ -15,7 +15,6 @@ from controlplane.runtime.messages.route import (
     Inventory,
     JournalInfo,
     JournalPhase,
-    LeaderHeartbeat,
     Locate,
     Located,
     ReplicaClosed,
@@ -183,9 +182,10 @@ def worker_row(node: Node) -> WorkerRow:
 
 def tick(state: ClusterState, passed_s: float) -> None:
     """Heartbeats down; silence and absence up."""
+    state.unheard_s = max(0.0, state.unheard_s - passed_s)
+    state.beat_gateways()
     for gateway in list(state.gateways.values()):
         if gateway.link is not None:
-            state.send_gateway(gateway, LeaderHeartbeat(frozen=state.frozen))
             gateway.silence_s += passed_s
             if gateway.silence_s >= state.timings.failure_timeout:
                 text = f"no frame for {gateway.silence_s:g} s"

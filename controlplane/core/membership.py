@@ -258,6 +258,11 @@ def lose(state: ClusterState, node: Node, reason: Reason) -> None:
     node.held.clear()
     node.spares.clear()
     node.sequences.clear()
+    if reason.kind is ReasonKind.LEASE_EXPIRED:
+        # It may be cut off, and come back with the streams that it holds. Gateways hear so before they hear that it
+        # is gone.
+        state.unheard_s = state.timings.resume_grace
+        state.beat_gateways()
     state.out.workers[node.node] = node
     state.record("node_lost", node=node.node, reason=reason)
     close_on(state, node, reason)

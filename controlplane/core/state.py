@@ -47,7 +47,7 @@ from controlplane.runtime.ids import (
     Term,
 )
 from controlplane.runtime.messages.common import Reason, ReplicaPhase
-from controlplane.runtime.messages.route import RouteDown
+from controlplane.runtime.messages.route import LeaderHeartbeat, RouteDown
 from controlplane.runtime.messages.session import AttachDown
 from controlplane.runtime.records import DeploymentRecord
 from controlplane.runtime.timing import Timings
@@ -90,6 +90,8 @@ class ClusterState:
     now: float = 0.0
     ticked: float | None = None
     grace_s: float = 0.0
+    # For how long workers may still be alive that this leader does not know of, or takes for lost, and hold streams.
+    unheard_s: float = 0.0
     # Where this leader's epochs begin within its term's.
     epoch_base: int = 0
     peers: frozenset[str] = frozenset()
@@ -157,6 +159,7 @@ class ClusterState:
             pid=pid,
             grace_s=timings.leader_grace,
             # Before term 1 there was no cluster of this id.
+            unheard_s=timings.resume_grace if term > 1 else 0.0,
             epoch_base=rng.randrange(EPOCHS_A_TERM // 2) if term > 1 else 0,
         )
 
@@ -259,6 +262,10 @@ class ClusterState:
     def send_gateways(self, body: RouteDown) -> None:
         for gateway in self.gateways.values():
             self.send_gateway(gateway, body)
+
+    def beat_gateways(self) -> None:
+        """Tell them whether what they know of this leader is all there is."""
+        self.send_gateways(LeaderHeartbeat(frozen=self.frozen, workers_unheard=self.unheard_s > 0))
 
     def close_link(self, link: Link, reason: Reason) -> None:
         """End a stream from our side; no WorkerClosed or GatewayClosed is waited for."""

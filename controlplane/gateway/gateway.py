@@ -135,8 +135,7 @@ class Gateway:
         leaderless_for = now - lost_at if lost_at is not None else 0.0
         if not self._catalogue.told:
             return False, "no coordinator has told yet what is served"
-        frozen = self._link is not None and self._link.frozen
-        return readiness(self._state, now, leaderless_for=leaderless_for, frozen=frozen, heard_at=self._heard_at)
+        return readiness(self._state, now, leaderless_for=leaderless_for, heard_at=self._heard_at)
 
     async def _run(self, link: LeaderLink) -> None:
         async with self._tasks as tasks:

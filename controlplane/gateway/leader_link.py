@@ -30,7 +30,6 @@ from controlplane.runtime.messages.route import (
     GatewayWelcome,
     Inventory,
     JournalInfo,
-    LeaderHeartbeat,
     RouteBatch,
     RouteDown,
     RouteEntry,
@@ -112,7 +111,7 @@ class LeaderLink:
         self._timings = timings
         self._clock = clock
         self._owner = owner
-        self._session: _Session | None = None
+        self._session: LeaderSession | None = None
         self._backoff = Backoff(timings, random.Random())
         self.lost_at: float | None = clock.now()
         self.fenced = 0
@@ -128,10 +127,7 @@ class LeaderLink:
         """Nothing waits to be sent."""
         return self._session is None or self._session.idle
 
-    @property
-    def frozen(self) -> bool:
-        """The leader says that it cannot reach etcd."""
-        return self._session is not None and self._session.frozen
+    # ------------------------------------------------------------ what the owner tells
 
     def ask(self, entry: RouteEntry) -> None:
         """Ask where an attempt may run. Without a session the next inventory asks."""
@@ -152,6 +148,8 @@ class LeaderLink:
         """Tell that a lost request goes on. Without a session nobody keeps the timeline."""
         if self._session is not None:
             self._session.send(token)
+
+    # ------------------------------------------------------------ one session after the other
 
     async def run(self) -> None:
         """Eternal: one session after the other."""
@@ -212,42 +210,17 @@ class LeaderLink:
                 call.cancel()
 
     async def _greet(self, call: Any) -> GatewayWelcome | str:
-        me = self._identity
-        term = self._leader.highest_term
-        hello = GatewayHello(
-            cluster=me.cluster,
-            gateway=me.gateway,
-            incarnation=me.incarnation,
-            url=me.url,
-            highest_term_seen=term,
-            pid=me.pid,
-            host=me.host,
-        )
-        await write_frame(call, ROUTE_UP.encode(hello, Head(term=term, session=SessionId(0), seq=1)))
+        await write_frame(call, ROUTE_UP.encode(*self._hello()))
         try:
             async with asyncio.timeout(self._timings.session_silence):
                 answer = ROUTE_DOWN.decode(await read_frame(call))
         except TimeoutError:
             return "no welcome in time"
-        if isinstance(answer, SessionRefused):
-            self._leader.hint(answer.leader_address, answer.highest_term)
-            return f"refused: {answer.reason.text}"
-        if not isinstance(answer, GatewayWelcome):
-            return f"{type(answer).__name__} instead of a welcome"
-        self._leader.meet(answer.term, answer.leader)
-        if answer.term < self._leader.highest_term:
-            return f"welcome of term {answer.term} below {self._leader.highest_term}"
-        return answer
+        return self._welcomed(answer)
 
     async def _hold(self, session: _Session) -> str:
         """The session from its welcome to its end, which is what it returns or raises."""
-        for chunk in self._owner.leader_opened(session.term):
-            session.send(chunk)
-        self._session = session
-        self.lost_at = None
-        self._backoff.reset()
-        self._failures = 0
-        log.info("leader_session_opened", term=session.term, session=session.id)
+        self._open_session(session)
         tasks = [
             asyncio.create_task(session.write(), name="leader_write"),
             asyncio.create_task(session.beat(self._owner), name="leader_beat"),
@@ -264,45 +237,110 @@ class LeaderLink:
     async def _read(self, session: _Session) -> str:
         while True:
             frame = await session.read()
-            if frame.head.term < self._leader.highest_term:
-                self.fenced += 1
-                session.send(
-                    Fenced(
-                        frame=frame.WhichOneof("body") or "",
-                        seen_term=Term(frame.head.term),
-                        highest_term=self._leader.highest_term,
-                    )
-                )
+            if self._fences(session, Term(frame.head.term), frame.WhichOneof("body") or ""):
                 continue
             try:
                 body = ROUTE_DOWN.decode(frame)
             except UnknownBody:
                 log.warning("frame_skipped", peer="leader", seq=frame.head.seq)
                 continue
-            if isinstance(body, LeaderHeartbeat):
-                session.frozen = body.frozen
-            elif isinstance(body, SessionRefused):
-                self._leader.hint(body.leader_address, body.highest_term)
-                return f"refused: {body.reason.text}"
-            else:
-                self._owner.leader_said(body)
+            if (end := self._take(body)) is not None:
+                return end
+
+    # ------------------------------------------------------------ what needs no stream
+
+    def _hello(self) -> tuple[GatewayHello, Head]:
+        """The first frame of a session."""
+        me, term = self._identity, self._leader.highest_term
+        hello = GatewayHello(
+            cluster=me.cluster,
+            gateway=me.gateway,
+            incarnation=me.incarnation,
+            url=me.url,
+            highest_term_seen=term,
+            pid=me.pid,
+            host=me.host,
+        )
+        return hello, Head(term=term, session=SessionId(0), seq=1)
+
+    def _welcomed(self, answer: RouteDown) -> GatewayWelcome | str:
+        """The answer to the hello, or why there is no session."""
+        if isinstance(answer, SessionRefused):
+            return self._refused(answer)
+        if not isinstance(answer, GatewayWelcome):
+            return f"{type(answer).__name__} instead of a welcome"
+        self._leader.meet(answer.term, answer.leader)
+        if answer.term < self._leader.highest_term:
+            return f"welcome of term {answer.term} below {self._leader.highest_term}"
+        return answer
+
+    def _open_session(self, session: LeaderSession) -> None:
+        for chunk in self._owner.leader_opened(session.term):
+            session.send(chunk)
+        self._session = session
+        self.lost_at = None
+        self._backoff.reset()
+        self._failures = 0
+        log.info("leader_session_opened", term=session.term, session=session.id)
+
+    def _fences(self, session: LeaderSession, term: Term, frame: str) -> bool:
+        """The frame's term is over: it counts for nothing, and its sender is told."""
+        if term >= self._leader.highest_term:
+            return False
+        self.fenced += 1
+        session.send(Fenced(frame=frame, seen_term=term, highest_term=self._leader.highest_term))
+        return True
+
+    def _take(self, body: RouteDown) -> str | None:
+        """What the leader says, for the owner; why the session is over, if that is what it says."""
+        if isinstance(body, SessionRefused):
+            return self._refused(body)
+        self._owner.leader_said(body)
+        return None
+
+    def _refused(self, refused: SessionRefused) -> str:
+        self._leader.hint(refused.leader_address, refused.highest_term)
+        return f"refused: {refused.reason.text}"
 
 
-class _Session:
-    """One stream to one leader: heads, batches, heartbeats."""
+class LeaderSession:
+    """One session with one leader, apart from how its frames travel."""
 
-    def __init__(self, call: Any, welcome: GatewayWelcome, timings: Timings, clock: Clock) -> None:
+    def __init__(self, welcome: GatewayWelcome, timings: Timings, now: float) -> None:
         self.term = welcome.term
         self.id = welcome.session
-        self.frozen = False
-        self._call = call
-        self._timings = timings
-        self._clock = clock
-        self._silence = Silence(timings, clock.now())
-        self._outbox: Outbox[Item] = Outbox("route", OUTBOX_MAX)
+        self._silence = Silence(timings, now)
         # The hello was frame 1 of this session, the welcome frame 1 of the other side.
         self._sent = 1
         self._received = 1
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits to be sent."""
+        raise NotImplementedError
+
+    def send(self, item: Item) -> None:
+        """Queue a frame, or an entry that will travel with its like."""
+        raise NotImplementedError
+
+    def _heard(self, seq: int, now: float) -> None:
+        self._silence.heard(now)
+        self._received = max(self._received, seq)
+
+    def _next_head(self) -> Head:
+        self._sent += 1
+        return Head(term=self.term, session=self.id, seq=self._sent, ack=self._received)
+
+
+class _Session(LeaderSession):
+    """Over gRPC: batches, heartbeats."""
+
+    def __init__(self, call: Any, welcome: GatewayWelcome, timings: Timings, clock: Clock) -> None:
+        super().__init__(welcome, timings, clock.now())
+        self._call = call
+        self._timings = timings
+        self._clock = clock
+        self._outbox: Outbox[Item] = Outbox("route", OUTBOX_MAX)
         self._lag_ms = 0
 
     @property
@@ -310,22 +348,18 @@ class _Session:
         return self._outbox.idle
 
     def send(self, item: Item) -> None:
-        """Queue a frame, or an entry that will travel with its like."""
         self._outbox.put(item)
 
     async def read(self) -> Any:
         frame = await read_frame(self._call)
-        self._silence.heard(self._clock.now())
-        self._received = max(self._received, frame.head.seq)
+        self._heard(frame.head.seq, self._clock.now())
         return frame
 
     async def write(self) -> str:
         """Send what is queued, entries of one turn as one batch. Ends only by StreamEnded."""
         while True:
             for body in batched(await self._outbox.take_all()):
-                self._sent += 1
-                head = Head(term=self.term, session=self.id, seq=self._sent, ack=self._received)
-                await write_frame(self._call, ROUTE_UP.encode(body, head))
+                await write_frame(self._call, ROUTE_UP.encode(body, self._next_head()))
 
     async def beat(self, owner: RouteOwner) -> str:
         """Heartbeats up; returns when the leader is silent for too long."""

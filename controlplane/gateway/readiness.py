@@ -15,21 +15,19 @@ def readiness(
     now: float,
     *,
     leaderless_for: float,
-    frozen: bool,
     heard_at: Callable[[WorkerKey], float | None],
 ) -> tuple[bool, str]:
     """True if at least one READY replica moved lately, or is idle and its daemon answers; else why not. What cannot be
     done beside serving is said in both cases.
 
-    `leaderless_for`: seconds without a leader session. `frozen`: the leader says that it cannot reach etcd. `heard_at`:
-    when the worker's live stream last carried a frame, None without one. A replica that hangs in a prefill is closed by
-    the leader, who counts its steps.
+    `leaderless_for`: seconds without a leader session. `heard_at`: when the worker's live stream last carried a frame,
+    None without one. A replica that hangs in a prefill is closed by the leader, who counts its steps.
     """
     serves, why = _serves(state, now, heard_at)
     if leaderless_for > state.timings.session_silence:
         # Requests go by the last replica table meanwhile.
         why += f"; no leading coordinator for {leaderless_for:.1f} s"
-    elif frozen:
+    elif state.frozen:
         why += "; the leading coordinator cannot use etcd: it routes, but places nothing"
     return serves, why
 

@@ -55,7 +55,7 @@ def on_resume_asked(state: GatewayState, asked: ResumeAsked, now: float) -> list
         request,
         deadline=now + state.timings.session_silence,
         waiting=set(state.workers),
-        informed=state.leader_up and _knows_all(state),
+        informed=_knows_all(state, now),
     )
     state.searches[request] = search
     for key, worker in state.workers.items():
@@ -64,9 +64,11 @@ def on_resume_asked(state: GatewayState, asked: ResumeAsked, now: float) -> list
     return effects
 
 
-def _knows_all(state: GatewayState) -> bool:
-    """Every worker that the leader told of is asked: one whose replica does not serve at present, or has moved on
-    without it, may hold the stream."""
+def _knows_all(state: GatewayState, now: float) -> bool:
+    """The leader says that it knows of every worker that may be alive, has said so lately, and each is asked: one whose
+    replica does not serve at present, or has moved on without it, may hold the stream."""
+    if state.complete_at is None or now - state.complete_at >= state.timings.session_silence:
+        return False
     told = state.told.keys() | {WorkerKey(row.serve_address) for row in state.rows.values() if row.serve_address}
     return bool(told) and told <= state.workers.keys()
 

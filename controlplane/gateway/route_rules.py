@@ -11,6 +11,7 @@ from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhas
 from controlplane.runtime.messages.route import (
     CancelRequest,
     JournalPhase,
+    LeaderHeartbeat,
     MoveRequests,
     ReplicaClosed,
     ReplicaEpoch,
@@ -39,14 +40,21 @@ PLANNED_KINDS = frozenset({ReasonKind.DRAINING, ReasonKind.REPLACED, ReasonKind.
 def on_leader_opened(state: GatewayState, term: Term) -> list[Effect]:
     """The inventory asks for every journal in ROUTING; nothing has starved yet under this leader."""
     state.leader_up = True
+    _unsay(state)
     state.term = max(state.term, term)
     for journal in state.journals.values():
         journal.starved_since = journal.ask_at = None
     return []
 
 
+def _unsay(state: GatewayState) -> None:
+    """What the leader before said of itself counts no more."""
+    state.frozen, state.complete_at = False, None
+
+
 def on_leader_lost(state: GatewayState, now: float) -> list[Effect]:
     state.leader_up = False
+    _unsay(state)
     # A successor of one that is provably dead is elected sooner.
     state.leaderless_from = now + state.timings.heartbeat_interval
     effects: list[Effect] = []
@@ -71,13 +79,17 @@ def on_leader_said(state: GatewayState, body: RouteDown, now: float) -> list[Eff
             return on_closed(state, body, now)
         case MoveRequests():
             return on_move(state, body, now)
+        case LeaderHeartbeat():
+            state.frozen = body.frozen
+            state.complete_at = None if body.frozen or body.workers_unheard else now
+            return []
         case CancelRequest():
             journal = state.journals.get(body.request)
             if journal is None or journal.finished:
                 return []
             return fail(state, journal, Failure.CANCELLED, body.reason, now)
         case _:
-            # Welcome, refusals and heartbeats are the link's own affair.
+            # Welcome and refusals are the link's own affair.
             return []
 
 

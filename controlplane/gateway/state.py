@@ -57,7 +57,7 @@ class Search:
     deadline: float
     # Workers that have not answered.
     waiting: set[WorkerKey]
-    # All workers of a live leader's table are among them: else others may hold it.
+    # All workers that may be alive were asked: else others may hold it.
     informed: bool
     # What they answered, as far as it came.
     parts: dict[WorkerKey, Shadow] = field(default_factory=dict[WorkerKey, Shadow])
@@ -81,6 +81,10 @@ class GatewayState:
     max_retries: dict[DeploymentId, int] = field(default_factory=dict[DeploymentId, int])
     searches: dict[RequestId, Search] = field(default_factory=dict[RequestId, Search])
     leader_up: bool = False
+    # The leader says that it cannot reach etcd.
+    frozen: bool = False
+    # When it last said that no worker is alive that it did not tell of.
+    complete_at: float | None = None
     # Highest term that a leader or a permit had.
     term: Term = Term(0)
     # From when on requests are routed without a leader; None before there was one.

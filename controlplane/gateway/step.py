@@ -33,7 +33,7 @@ from controlplane.gateway.request_rules import ask, cancel_slots, close, fail, f
 from controlplane.gateway.resume_rules import end_late, on_adopted, on_resume_asked, on_resume_dropped
 from controlplane.gateway.route_rules import on_leader_lost, on_leader_opened, on_leader_said
 from controlplane.gateway.serve_rules import on_worker_broken, on_worker_gone, on_worker_said, on_worker_up
-from controlplane.gateway.state import GatewayState
+from controlplane.gateway.state import GatewayState, WorkerPhase
 from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.messages.route import JournalPhase, Outcome, RouteCause
 from controlplane.runtime.messages.serve import FinishReason
@@ -161,7 +161,11 @@ def unreachable(state: GatewayState, journal: Journal, now: float) -> list[Effec
 
 
 def drop_idle_workers(state: GatewayState) -> list[Effect]:
-    """Streams that no replica, no journal and no search needs, unless the worker has still to be told something."""
+    """Streams that no replica, no journal and no search needs, unless the worker has still to be told something.
+
+    Those that are up are kept while the leader may not have heard of all workers: through them such a one hears of the
+    leader, and can be asked for what it holds.
+    """
     if not state.leader_up:
         return []
     needed: set[WorkerKey] = {WorkerKey(row.serve_address) for row in state.rows.values()}
@@ -171,6 +175,8 @@ def drop_idle_workers(state: GatewayState) -> list[Effect]:
             needed.add(journal.placement.worker)
     for search in state.searches.values():
         needed.update(search.waiting, search.parts)
+    if state.complete_at is None:
+        needed.update(key for key, worker in state.workers.items() if worker.phase == WorkerPhase.UP)
     idle = [key for key in state.workers if key not in needed]
     for key in idle:
         del state.workers[key]

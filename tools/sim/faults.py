@@ -85,6 +85,7 @@ KINDS = (
     Kind("cut_etcd", 2, "leader", (0.2, 6.0)),
     Kind("isolate", 2, "process", (0.5, 6.0)),
     Kind("isolate", 1, "leader", (0.5, 6.0)),
+    Kind("unplug", 2, "process", (0.5, 9.0)),
     Kind("break", 4, "process"),
     Kind("break", 2, "leader"),
     Kind("break_half", 2, "process"),

@@ -1,5 +1,5 @@
-"""The gateway's links as models: its session with the leader, and its streams to workers. The real ones, as they are,
-run in `tools.sim.shells`."""
+"""The gateway's links: the real one to the leader over the modelled network, and its streams to workers as models. The
+real ones, as they are, run in `tools.sim.shells`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,18 @@ from collections import deque
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from controlplane.gateway.leader_link import Item, batched
+from controlplane.gateway.leader_link import Item, LeaderLink, LeaderSession, RouteOwner, batched
 from controlplane.gateway.messages import WorkerKey
 from controlplane.gateway.silence import Silence
 from controlplane.gateway.worker_stream import SILENT_STREAMS_MAX
 from controlplane.runtime.backoff import Backoff
-from controlplane.runtime.ids import NodeId, SessionId
+from controlplane.runtime.ids import NodeId
 from controlplane.runtime.messages.common import Head, Reason, ReasonKind
-from controlplane.runtime.messages.route import (
-    EndEntry,
-    FirstToken,
-    GatewayHeartbeat,
-    GatewayHello,
-    GatewayWelcome,
-    Inventory,
-    JournalInfo,
-    LeaderHeartbeat,
-    RouteEntry,
-)
+from controlplane.runtime.messages.route import GatewayHeartbeat, GatewayWelcome
 from controlplane.runtime.messages.serve import ServeHeartbeat, ServeHello, ServeUp, StepTokens
-from controlplane.runtime.messages.session import Fenced, SessionRefused
+from controlplane.runtime.timing import Timings
 from tools.sim.probing import refused_twice
-from tools.sim.process import Task
+from tools.sim.process import Process, Task
 from tools.sim.streams import Reader, StreamEnded, dial
 
 if TYPE_CHECKING:
@@ -38,17 +28,18 @@ if TYPE_CHECKING:
 # ---------------------------------------------------------------- the leader
 
 
-class _Session:
-    """One stream to one leader: heads, batches, heartbeats."""
+class _Session(LeaderSession):
+    """Over the modelled network."""
 
-    def __init__(self, gateway: SimGateway, reader: Reader, welcome: GatewayWelcome) -> None:
-        self.term, self.id = welcome.term, welcome.session
-        self.silence = Silence(gateway.timings, gateway.process.now())
-        self._process = gateway.process
+    def __init__(self, process: Process, timings: Timings, reader: Reader, welcome: GatewayWelcome) -> None:
+        super().__init__(welcome, timings, process.now())
+        self._process = process
         self._reader = reader
         self._outbox: deque[Item] = deque()
-        self._sent = 1
-        self._received = 1
+
+    @property
+    def idle(self) -> bool:
+        return not self._outbox
 
     def send(self, item: Item) -> None:
         if not self._outbox:
@@ -57,9 +48,17 @@ class _Session:
 
     async def read(self) -> tuple[Head, Any]:
         head, body = await self._reader.read()
-        self.silence.heard(self._process.now())
-        self._received = max(self._received, head.seq)
+        self._heard(head.seq, self._process.now())
         return head, body
+
+    async def beat(self, owner: RouteOwner, interval: float) -> None:
+        """Until the leader is silent for too long."""
+        silent = False
+        while not silent:
+            requests, tokens = owner.load()
+            self.send(GatewayHeartbeat(open_requests=requests, journal_tokens=tokens, loop_lag_ms=0))
+            await self._process.sleep(interval)
+            silent = self._silence.tick(self._process.now())
 
     def close(self) -> None:
         self._reader.side.close()
@@ -68,146 +67,77 @@ class _Session:
         items = list(self._outbox)
         self._outbox.clear()
         for body in batched(items):
-            self._sent += 1
-            head = Head(term=self.term, session=self.id, seq=self._sent, ack=self._received)
-            self._reader.side.send((head, body))
+            self._reader.side.send((self._next_head(), body))
 
 
-class SimLeaderLink:
-    """Faithful to LeaderLink: finds the leader, keeps one session with it, and takes it up again with its successor."""
+class SimLeaderLink(LeaderLink):
+    """The real one; its streams go over the modelled network, its waits are the simulated process's."""
 
     def __init__(self, gateway: SimGateway) -> None:
-        self._gateway = gateway
-        self._process = gateway.process
-        self._leader = gateway.leader
-        self._timings = gateway.timings
-        self._session: _Session | None = None
-        self._backoff = Backoff(gateway.timings, Random(gateway.process.kernel.random.getrandbits(32)))
-        self._failures = 0
-
-    def ask(self, entry: RouteEntry) -> None:
-        if self._session is not None:
-            self._session.send(entry)
-
-    def first_token(self, token: FirstToken) -> None:
-        if self._session is not None:
-            self._session.send(token)
-
-    def end(self, entry: EndEntry) -> None:
-        if self._session is not None:
-            self._session.send(entry)
-
-    def adopted(self, journal: JournalInfo) -> None:
-        if self._session is not None:
-            self._session.send(Inventory(journals=(journal,), last=False))
-
-    async def run(self) -> None:
-        while True:
-            addresses = self._leader.addresses
-            if not addresses:
-                await self._leader.changed()
-                continue
-            address = addresses[self._failures % len(addresses)]
-            self._failures += 1
-            newer = self._process.spawn(self._newer_leader(address))
-            session = self._process.spawn(self._converse(address))
-            await self._process.first(newer, session)
-            newer.cancel()
-            session.cancel()
-            self._close_session()
-            await self._process.sleep(self._backoff.next())
-
-    async def _newer_leader(self, address: str) -> None:
-        while True:
-            await self._leader.changed()
-            if self._session is not None and self._leader.highest_term > self._session.term:
-                return
-            if self._leader.addresses and self._leader.addresses[0] != address:
-                return
+        process = gateway.process
+        super().__init__(gateway.identity, gateway.leader, gateway.timings, process, gateway.requests)
+        self._network = gateway.network
+        self._process = process
+        self._backoff = Backoff(gateway.timings, Random(process.kernel.random.getrandbits(32)))
 
     def leave(self) -> None:
-        if self._session is not None:
+        if isinstance(self._session, _Session):
             self._session.close()
 
-    def _close_session(self) -> None:
-        if self._session is not None:
-            self._session = None
-            self._gateway.requests.leader_lost()
+    async def _attend(self, address: str) -> str:
+        newer = self._process.spawn(self._newer_leader(address))
+        session = self._process.spawn(self._converse(address))
+        await self._process.first(newer, session)
+        newer.cancel()
+        session.cancel()
+        self._close_session()
+        return session.value if session.done else "another leader is known"
 
-    async def _converse(self, address: str) -> None:
+    async def _converse(self, address: str) -> str:
         try:
-            side = await dial(self._process, self._gateway.network, address, "route", self._timings.stage)
-        except StreamEnded:
-            return
+            side = await dial(self._process, self._network, address, "route", self._timings.stage)
+        except StreamEnded as error:
+            return str(error)
         reader = Reader(side)
         try:
-            welcome = await self._greet(reader)
-            if welcome is not None:
-                await self._hold(_Session(self._gateway, reader, welcome))
-        except StreamEnded:
-            pass
+            welcome = await self._ask_welcome(reader)
+            if isinstance(welcome, str):
+                return welcome
+            return await self._keep(_Session(self._process, self._timings, reader, welcome))
+        except StreamEnded as error:
+            return str(error)
         finally:
             side.close()
 
-    async def _greet(self, reader: Reader) -> GatewayWelcome | None:
-        me, term = self._gateway.identity, self._leader.highest_term
-        hello = GatewayHello(
-            cluster=me.cluster,
-            gateway=me.gateway,
-            incarnation=me.incarnation,
-            url=me.url,
-            highest_term_seen=term,
-            pid=me.pid,
-            host=me.host,
-        )
-        reader.side.send((Head(term=term, session=SessionId(0), seq=1), hello))
+    async def _ask_welcome(self, reader: Reader) -> GatewayWelcome | str:
+        hello, head = self._hello()
+        reader.side.send((head, hello))
         if await self._process.first(reader.pending(), timeout=self._timings.session_silence) < 0:
-            return None
+            return "no welcome in time"
         _, answer = await reader.read()
-        if isinstance(answer, SessionRefused):
-            self._leader.hint(answer.leader_address, answer.highest_term)
-            return None
-        if not isinstance(answer, GatewayWelcome):
-            return None
-        self._leader.meet(answer.term, answer.leader)
-        return answer if answer.term >= self._leader.highest_term else None
+        return self._welcomed(answer)
 
-    async def _hold(self, session: _Session) -> None:
-        for chunk in self._gateway.requests.leader_opened(session.term):
-            session.send(chunk)
-        self._session = session
-        self._backoff.reset()
-        self._failures = 0
-        beat = self._process.spawn(self._beat(session))
-        read = self._process.spawn(self._read(session))
+    async def _keep(self, session: _Session) -> str:
+        self._open_session(session)
+        beat = self._process.spawn(session.beat(self._owner, self._timings.heartbeat_interval))
+        read = self._process.spawn(self._hear(session))
         try:
             await self._process.first(beat, read)
+            return read.value if read.done else f"silent for {self._timings.session_silence:g} s"
         finally:
             beat.cancel()
             read.cancel()
 
-    async def _beat(self, session: _Session) -> None:
-        while True:
-            requests, tokens = self._gateway.requests.load()
-            session.send(GatewayHeartbeat(open_requests=requests, journal_tokens=tokens, loop_lag_ms=0))
-            await self._process.sleep(self._timings.heartbeat_interval)
-            if session.silence.tick(self._process.now()):
-                return
-
-    async def _read(self, session: _Session) -> None:
+    async def _hear(self, session: _Session) -> str:
         try:
             while True:
                 head, body = await session.read()
-                if head.term < self._leader.highest_term:
-                    highest = self._leader.highest_term
-                    session.send(Fenced(frame=type(body).__name__, seen_term=head.term, highest_term=highest))
-                elif isinstance(body, SessionRefused):
-                    self._leader.hint(body.leader_address, body.highest_term)
-                    return
-                elif not isinstance(body, LeaderHeartbeat):
-                    self._gateway.requests.leader_said(body)
-        except StreamEnded:
-            return
+                if self._fences(session, head.term, type(body).__name__):
+                    continue
+                if (end := self._take(body)) is not None:
+                    return end
+        except StreamEnded as error:
+            return str(error)
 
 
 # ---------------------------------------------------------------- workers

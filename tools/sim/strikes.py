@@ -77,8 +77,14 @@ class Wires(_Strikes):
 
     def do_isolate(self, name: str, fault: Fault) -> Ends:
         """From all but etcd."""
-        others = [other for other in self._world.hosts() if other != name]
-        return self._cut_pairs([pair for other in others for pair in ((name, other), (other, name))])
+        return self._cut_off(name, self._world.hosts())
+
+    def do_unplug(self, name: str, fault: Fault) -> Ends:
+        """From all."""
+        return self._cut_off(name, [*self._world.hosts(), HOST])
+
+    def _cut_off(self, name: str, hosts: list[str]) -> Ends:
+        return self._cut_pairs([pair for other in hosts if other != name for pair in ((name, other), (other, name))])
 
     def _cut_pairs(self, pairs: list[tuple[str, str]]) -> Ends:
         for source, target in pairs:

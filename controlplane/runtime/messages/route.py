@@ -176,6 +176,9 @@ class GatewayWelcome:
 class LeaderHeartbeat:
     # The leader cannot reach etcd: it routes, but neither judges nor places.
     frozen: bool = False
+    # Workers may be alive that its table lacks, and hold streams: within the time that streams are kept it was elected,
+    # or a node's lease ran out.
+    workers_unheard: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

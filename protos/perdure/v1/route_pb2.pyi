@@ -262,10 +262,12 @@ class GatewayWelcome(_message.Message):
     def __init__(self, term: _Optional[int] = ..., session: _Optional[int] = ..., timing: _Optional[_Union[_common_pb2.TimingSpec, _Mapping]] = ..., leader: _Optional[str] = ...) -> None: ...
 
 class LeaderHeartbeat(_message.Message):
-    __slots__ = ("frozen",)
+    __slots__ = ("frozen", "workers_unheard")
     FROZEN_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_UNHEARD_FIELD_NUMBER: _ClassVar[int]
     frozen: bool
-    def __init__(self, frozen: _Optional[bool] = ...) -> None: ...
+    workers_unheard: bool
+    def __init__(self, frozen: _Optional[bool] = ..., workers_unheard: _Optional[bool] = ...) -> None: ...
 
 class ReplicaRow(_message.Message):
     __slots__ = ("replica", "epoch", "phase", "node", "serve_address", "deployment", "capacity", "model_path", "model", "numerics", "max_retries")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from controlplane.core.messages import AdminAnswered, AdminAsked, AskId, CancelAsked, Effect, SendGateway
-from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, ReplicaId, RequestId
+from controlplane.core.messages import AdminAnswered, AdminAsked, AskId, CancelAsked, Effect, LeaseMuted, SendGateway
+from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, NodeId, ReplicaId, RequestId
 from controlplane.runtime.messages.common import ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
     CancelRequest,
@@ -23,6 +23,7 @@ from tests.scenario.coordinator.model import Cluster
 from tests.scenario.coordinator.peers import GatewayPeer, deployment, entry
 
 M0 = ReplicaId("m-0")
+TICKS_OF_GRACE = 8
 
 
 def serving() -> Cluster:
@@ -127,7 +128,41 @@ def test_orphans_are_kept_for_the_resume_grace() -> None:
 def test_heartbeats_go_down_each_tick() -> None:
     cluster = serving()
     join(cluster)
-    assert bodies(cluster.tick()) == [LeaderHeartbeat(frozen=False)]
+    assert bodies(cluster.tick()) == [LeaderHeartbeat()]
+    cluster.step(LeaseMuted())
+    assert bodies(cluster.tick()) == [LeaderHeartbeat(frozen=True)]
+
+
+def test_a_new_leader_may_not_have_heard_of_all_while_streams_are_kept() -> None:
+    cluster = serving().successor()
+    cluster.load()
+    join(cluster)
+    ticks = round(cluster.timings.resume_grace / cluster.timings.heartbeat_interval)
+    for _ in range(ticks - 1):
+        assert LeaderHeartbeat(workers_unheard=True) in bodies(cluster.tick())
+    assert LeaderHeartbeat() in bodies(cluster.tick())
+
+
+def test_a_node_without_a_lease_may_come_back_while_streams_are_kept() -> None:
+    """Gateways hear so before they hear that it is gone."""
+    cluster = serving()
+    join(cluster)
+    for _ in range(TICKS_OF_GRACE):
+        cluster.tick()
+    cluster.break_stream(cluster.workers[NodeId("w1")])
+    heartbeat, *_, table = bodies(cluster.lease_gone(NodeId("w1")))
+    assert heartbeat == LeaderHeartbeat(workers_unheard=True)
+    assert isinstance(table, ReplicaTable)
+    assert [worker.gone for worker in table.workers] == [True]
+
+
+def test_a_node_that_is_proven_dead_is_not_waited_for() -> None:
+    cluster = serving()
+    join(cluster)
+    cluster.kill(cluster.workers[NodeId("w1")])
+    effects = cluster.probe_next() + cluster.revoke_next()
+    assert any(isinstance(body, ReplicaTable) and body.workers for body in bodies(effects))
+    assert LeaderHeartbeat() in bodies(cluster.tick())
 
 
 def test_locate_names_the_node_or_nothing() -> None:

@@ -7,18 +7,16 @@ from dataclasses import replace
 from controlplane.gateway.messages import LeaderSaid, WorkerKey
 from controlplane.gateway.readiness import readiness
 from controlplane.runtime.messages.common import ReplicaPhase
-from controlplane.runtime.messages.route import ReplicaTable
+from controlplane.runtime.messages.route import LeaderHeartbeat, ReplicaTable
 from tests.unit.controlplane.gateway.builders import TIMINGS, W1, Core, row, tokens
 
 
-def ready(
-    core: Core, *, leaderless_for: float = 0.0, frozen: bool = False, heard_ago: float | None = 0.0
-) -> tuple[bool, str]:
+def ready(core: Core, *, leaderless_for: float = 0.0, heard_ago: float | None = 0.0) -> tuple[bool, str]:
     def heard_at(worker: WorkerKey) -> float | None:
         assert worker == W1
         return None if heard_ago is None else core.now - heard_ago
 
-    return readiness(core.state, core.now, leaderless_for=leaderless_for, frozen=frozen, heard_at=heard_at)
+    return readiness(core.state, core.now, leaderless_for=leaderless_for, heard_at=heard_at)
 
 
 def told(phase: ReplicaPhase = ReplicaPhase.READY) -> Core:
@@ -65,6 +63,8 @@ def test_without_a_leader_it_serves_with_the_replicas_that_it_knows_and_says_so(
 
 
 def test_a_leader_that_cannot_reach_etcd_is_told_of():
-    serves, why = ready(told(), frozen=True)
+    core = told()
+    core.do(LeaderSaid(LeaderHeartbeat(frozen=True)))
+    serves, why = ready(core)
     assert serves
     assert why.endswith("cannot use etcd: it routes, but places nothing")

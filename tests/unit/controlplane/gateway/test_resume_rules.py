@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from controlplane.gateway.messages import (
     ChoiceSeen,
     ChoiceStopped,
@@ -11,6 +13,7 @@ from controlplane.gateway.messages import (
     ConnectWorker,
     DropWorker,
     Effect,
+    Event,
     Failure,
     LeaderLost,
     LeaderOpened,
@@ -27,7 +30,7 @@ from controlplane.gateway.messages import (
 )
 from controlplane.runtime.ids import Attempt, Epoch, NodeId, ReplicaId, Slot, Term
 from controlplane.runtime.messages.common import Permit, Sampling
-from controlplane.runtime.messages.route import JournalPhase, ReplicaTable, WorkerRow
+from controlplane.runtime.messages.route import JournalPhase, LeaderHeartbeat, ReplicaTable, WorkerRow
 from controlplane.runtime.messages.serve import (
     Choice,
     EndRequests,
@@ -76,7 +79,7 @@ def gateway() -> Core:
     """A gateway with streams to W1 and W2, and a leader."""
     core = Core()
     table = LeaderSaid(ReplicaTable(full=True, rows=(row(W1), row(W2))))
-    core.do(LeaderOpened(), table, WorkerUp(W1), WorkerUp(W2))
+    core.do(LeaderOpened(), table, LeaderSaid(LeaderHeartbeat()), WorkerUp(W1), WorkerUp(W2))
     return core
 
 
@@ -159,6 +162,39 @@ class TestSearch:
         core.do(LeaderLost(), ResumeAsked(R), said(MISSING, W1))
         (answer,) = found(core.do(said(MISSING, W2)))
         assert (answer.shadow, answer.certain) == (None, False)
+
+    @pytest.mark.parametrize(
+        "said_last",
+        [
+            LeaderOpened(Term(2)),
+            LeaderSaid(LeaderHeartbeat(frozen=True)),
+            LeaderSaid(LeaderHeartbeat(workers_unheard=True)),
+        ],
+    )
+    def test_a_leader_that_may_not_have_heard_of_all_leaves_it_uncertain(self, said_last: Event):
+        """A worker that is cut off from etcd may come to a new leader last of all."""
+        core = gateway()
+        core.do(said_last, ResumeAsked(R), said(MISSING, W1))
+        (answer,) = found(core.do(said(MISSING, W2)))
+        assert (answer.shadow, answer.certain) == (None, False)
+        core.do(LeaderSaid(LeaderHeartbeat()), ResumeAsked(R), said(MISSING, W1))
+        (answer,) = found(core.do(said(MISSING, W2)))
+        assert answer.certain
+
+    def test_what_a_leader_said_long_ago_leaves_it_uncertain(self):
+        """The gateway stood still meanwhile, and hears its leader's silence last."""
+        core = gateway()
+        core.now += core.state.timings.session_silence
+        core.do(ResumeAsked(R), said(MISSING, W1))
+        (answer,) = found(core.do(said(MISSING, W2)))
+        assert (answer.shadow, answer.certain) == (None, False)
+
+    def test_streams_are_kept_to_workers_that_a_new_leader_may_not_have_heard_of(self):
+        core = gateway()
+        core.do(LeaderOpened(Term(2)), LeaderSaid(ReplicaTable(full=True, rows=(row(W1),))))
+        assert not core.do(Tick())
+        core.now += core.state.timings.heartbeat_interval
+        assert core.do(LeaderSaid(LeaderHeartbeat()), Tick()) == [DropWorker(W2)]
 
     def test_a_worker_that_does_not_answer_leaves_it_uncertain(self):
         core = gateway()

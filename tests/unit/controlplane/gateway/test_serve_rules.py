@@ -23,6 +23,7 @@ from controlplane.runtime.ids import Attempt
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
     JournalPhase,
+    LeaderHeartbeat,
     Outcome,
     ReplicaTable,
     RouteCause,
@@ -265,6 +266,8 @@ class TestStreams:
     def test_a_stream_that_nobody_needs_is_dropped(self):
         core = Core()
         core.do(LeaderOpened(), LeaderSaid(ReplicaTable(full=True, rows=(row(),))), WorkerUp(W1))
-        core.do(LeaderSaid(ReplicaTable(full=False, rows=(row(phase=ReplicaPhase.CLOSED),))))
+        core.do(
+            LeaderSaid(ReplicaTable(full=False, rows=(row(phase=ReplicaPhase.CLOSED),))), LeaderSaid(LeaderHeartbeat())
+        )
         core.now += 1
         assert core.do(Tick()) == [DropWorker(W1)]
