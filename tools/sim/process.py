@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -84,6 +85,11 @@ class Task(Future):
         if self._coroutine is not None:
             self._coroutine.close()
             self._coroutine = None
+
+    def die(self) -> None:
+        """Its process was killed: one that waits will never go on, and one that had not begun never begins."""
+        if self._coroutine is not None and inspect.getcoroutinestate(self._coroutine) == inspect.CORO_CREATED:
+            self.cancel()
 
     def _step(self) -> None:
         if self._coroutine is None:
@@ -188,6 +194,8 @@ class Process:
         task = Task(self, coroutine)
         self._tasks = [other for other in self._tasks if not other.over]
         self._tasks.append(task)
+        if not self.alive:
+            task.die()
         return task
 
     def cancel_tasks(self) -> None:
@@ -222,3 +230,5 @@ class Process:
         self.alive = False
         self._backlog.clear()
         self._timers.clear()
+        for task in self._tasks:
+            task.die()

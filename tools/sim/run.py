@@ -98,6 +98,7 @@ def run_seed(
             outcome.error = f"{type(error).__name__}: {str(error) or _failed_line(error)}"
             outcome.trace = traceback.format_exc()
             world.kernel.tell("world", "broke", error=outcome.error)
+        world.end()
     outcome.story, outcome.digest = list(world.story.lines), world.story.digest
     outcome.requests = len(world.crowd.clients)
     outcome.outcomes = Counter(client.outcome for client in world.crowd.clients.values())

@@ -323,3 +323,9 @@ class World:
         if not self.wanted.replicas:
             self.scale(1)
         self.kernel.tell("world", "healed")
+
+    def end(self) -> None:
+        """Nothing happens any more."""
+        for name in self.hosts():
+            if (process := self.process(name)) is not None:
+                process.kill()
