@@ -187,5 +187,17 @@ def spare_free_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(core.spares, "settle", settle)
 
 
+def lost_is_dead(patch: pytest.MonkeyPatch) -> None:
+    """A node whose lease ran out is taken for dead with all that it holds."""
+    original = core.membership.lose
+
+    def lose(state: Any, node: Any, reason: Any) -> None:
+        before = state.unheard_s
+        original(state, node, reason)
+        state.unheard_s = before
+
+    patch.setattr(core.membership, "lose", lose)
+
+
 def spare_answers_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(core.spares, "answered", lambda state, node, said: None)

@@ -93,6 +93,36 @@ def slot_reused(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GatewayState, "mint_slot", mint)
 
 
+def old_attempt_counts(patch: pytest.MonkeyPatch) -> None:
+    """Skip fencing: what a slot of an attempt that was given up brings still counts for its journal."""
+    leave, owner = gateway.request_rules.leave, gateway.serve_rules._owner
+    given_up: dict[tuple[int, int], Any] = {}
+
+    def left(state: GatewayState, journal: Any, *rest: Any) -> Any:
+        held = {choice.slot: choice for choice in journal.choices if choice.slot is not None}
+        given_up.update({(id(state), slot): (journal, choice) for slot, choice in held.items()})
+        return leave(state, journal, *rest)
+
+    def owner_of(state: GatewayState, key: Any, slot: int) -> Any:
+        old = given_up.get((id(state), slot))
+        return old if old is not None and state.journals.get(old[0].request) is old[0] else owner(state, key, slot)
+
+    patch.setattr(gateway.request_rules, "leave", left)
+    patch.setattr(gateway.serve_rules, "_owner", owner_of)
+
+
+def leader_without_doubt(patch: pytest.MonkeyPatch) -> None:
+    """What a new leader's table does not name is not there."""
+    original = gateway.route_rules.on_leader_said
+
+    def said(state: GatewayState, body: Any, now: float) -> Any:
+        effects = original(state, body, now)
+        state.complete_at = now
+        return effects
+
+    patch.setattr(gateway.step, "on_leader_said", said)
+
+
 def shadows_never_ended(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(worker.bodies, "drop", lambda turn, request: None)
 

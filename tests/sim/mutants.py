@@ -64,6 +64,8 @@ OLD_LEADER = [
     *(Fault(10.0 + 0.2 * turn, "burst", value=6.0) for turn in range(20)),
 ]
 """The leader and the workers are cut off from etcd, where another is elected: its gateway tells the workers."""
+HEARD_OF_ANOTHER = [*OLD_LEADER, *(Fault(10.0 + 1.5 * turn, "break", f"w{1 + turn % 2}") for turn in range(4))]
+"""Each new stream of a gateway tells its worker of the other leader again."""
 LATE_BODIES = [
     *OLD_LEADER,
     *(Fault(9.0, "slow", name, 0.3, 7.0) for name in ("cp1", "cp2")),
@@ -82,7 +84,22 @@ PAUSES = [
 """Too short for a lease, longer than a replica with work may stand still."""
 
 WITHOUT_NODES = [*(Fault(6.0, "lose_machine", name, lasts=9.0) for name in ("w1", "w2")), Fault(18.0, "break", "w3")]
+LATE_TOKENS = [
+    *(Fault(7.5 + 4 * turn, "slow", f"w{1 + turn % 2}", 0.3, 3.5) for turn in range(4)),
+    *(Fault(8.0 + 4 * turn, "drain", f"w{1 + turn % 2}", lasts=2.0) for turn in range(4)),
+    *(Fault(7.8 + turn, "burst", value=8.0) for turn in range(16)),
+]
+"""Tokens are on their way while their requests are moved."""
+
+UNPLUGGED = [
+    Fault(9.9, "burst", value=40.0),
+    Fault(10.0, "unplug", "w1", lasts=9.0),
+    *(Fault(11.5, "kill", name, lasts=2.0) for name in ("cp1", "cp2")),
+    Fault(26.0, "burst", value=1.0),
+]
+"""A worker is away for longer than its lease, and so are the gateways whose streams it holds."""
 SPARE = Shape(control_planes=2, workers=3, devices=1, replicas=1, spares=1)
+UNPLUGGED_SHAPE = Shape(control_planes=3, workers=3, devices=1, replicas=3)
 ELASTIC = Shape(control_planes=1, workers=3, devices=1, replicas=1, tensor=2, elastic=1)
 
 MUTANTS = (
@@ -107,6 +124,7 @@ MUTANTS = (
     Mutant("shrunk for ever", leader.shrunk_for_ever, WITHOUT_NODES, ELASTIC),
     Mutant("a spare is free twice", leader.spare_free_twice, ("rank_crash", "scale"), SPARE),
     Mutant("a spare's answer is ignored", leader.spare_answers_ignored, (), SPARE),
+    Mutant("a lost node is taken for dead", leader.lost_is_dead, UNPLUGGED, UNPLUGGED_SHAPE, seeds=2),
     Mutant("credit leak", leader.credit_leak, ()),
     Mutant("queue miscounted", leader.queue_miscounted, ("burst",)),
     Mutant("an end is forgotten", leader.end_forgotten, ()),
@@ -119,8 +137,10 @@ MUTANTS = (
     Mutant("retry without budget", peers.retry_without_budget, ("rank_crash", "burst"), seeds=9),
     Mutant("retry of a poison request", peers.poison_retried, ("poison",)),
     Mutant("slot reused", peers.slot_reused, ()),
+    Mutant("skip fencing: an old attempt's tokens count", peers.old_attempt_counts, LATE_TOKENS),
+    Mutant("a new leader's doubt is ignored", peers.leader_without_doubt, UNPLUGGED, UNPLUGGED_SHAPE, seeds=2),
     # workers and engines
-    Mutant("skip fencing: an old leader is obeyed", peers.old_leader_obeyed, OLD_LEADER, seeds=10),
+    Mutant("skip fencing: an old leader is obeyed", peers.old_leader_obeyed, HEARD_OF_ANOTHER),
     Mutant("skip fencing: a permit of an old term runs", peers.old_term_runs, LATE_BODIES, seeds=8),
     Mutant("skip fencing: a permit of an old epoch runs", peers.old_epoch_runs, LATE_FOR_AN_EPOCH),
     Mutant("skip fencing: two leaders of a term", peers.two_leaders_of_a_term, RESTORED),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from controlplane.gateway.messages import LeaderSaid, Moved, SendWorker, Tick
+from controlplane.gateway.messages import Deliver, LeaderSaid, Moved, SendWorker, Tick, WorkerKey, WorkerSaid
 from controlplane.gateway.request_rules import CRASHES_MAX as _CRASHES_MAX
 from controlplane.runtime.ids import RequestId, Slot
 from controlplane.runtime.messages.route import ReplicaClosed, ReplicaEpoch, RoutedBatch
-from controlplane.runtime.messages.serve import OpenRequest
+from controlplane.runtime.messages.serve import OpenRequest, StepTokens, SyncSlots
+from controlplane.runtime.packing import unpack_u32
 from tools.sim.watching import Act
 
 if TYPE_CHECKING:
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
 CRASHES_MAX = 2
 """Engines that one request may end (PROTOCOL H9)."""
 assert CRASHES_MAX == _CRASHES_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class _Meaning:
+    """What a slot stands for at its worker, by what that was told."""
+
+    worker: WorkerKey
+    request: RequestId
+    choice: int
+    attempt: int
 
 
 class GatewaySafety:
@@ -29,6 +41,7 @@ class GatewaySafety:
         # Attempts lost without a plan, by request, of those whose body left.
         self._lost: Counter[RequestId] = Counter()
         self._opened: set[tuple[RequestId, int]] = set()
+        self._meanings: dict[int, _Meaning] = {}
 
     def step(self, event: Any, act: Act) -> list[Any]:
         state = self._gateway.state
@@ -36,6 +49,7 @@ class GatewaySafety:
         placed = {}
         if isinstance(body, ReplicaClosed):
             placed = {name: journal.placement.key for name, journal in state.journals.items() if journal.placement}
+        current = self._current(event)
         effects = act()
         if not effects and isinstance(event, Tick):
             return effects
@@ -45,11 +59,43 @@ class GatewaySafety:
         elif isinstance(body, RoutedBatch):
             self._routed()
         for effect in effects:
-            if isinstance(effect, SendWorker) and isinstance(effect.body, OpenRequest):
-                self._opens(effect.body)
+            if isinstance(effect, SendWorker):
+                self._tells(effect)
             elif isinstance(effect, Moved) and not effect.planned:
                 self._moves(effect)
+            elif isinstance(effect, Deliver):
+                key = effect.request, effect.choice
+                assert key in current, f"{effect.request}: tokens of an attempt that is over are taken"
         return effects
+
+    def _current(self, event: Any) -> set[tuple[RequestId, int]]:
+        """The choices whose present attempt a frame of tokens brings something of."""
+        if not isinstance(event, WorkerSaid) or not isinstance(event.body, StepTokens):
+            return set()
+        slots = [*unpack_u32(event.body.slots), *(finish.slot for finish in event.body.finish)]
+        meant = [meaning for slot in slots if (meaning := self._meanings.get(slot)) and meaning.worker == event.worker]
+        journals = self._gateway.state.journals
+        return {
+            (meaning.request, meaning.choice)
+            for meaning in meant
+            if meaning.request in journals and journals[meaning.request].attempt == meaning.attempt
+        }
+
+    def _tells(self, sent: SendWorker) -> None:
+        """A body, or a Sync after another gateway's, says what its slots stand for."""
+        match sent.body:
+            case OpenRequest(permit=permit, choices=choices):
+                self._opens(sent.body)
+                for choice in choices:
+                    if not choice.finished:
+                        meaning = _Meaning(sent.worker, permit.request, choice.index, permit.attempt)
+                        self._meanings[choice.slot] = meaning
+            case SyncSlots(slots=cursors):
+                for cursor in cursors:
+                    meaning = _Meaning(sent.worker, cursor.request, cursor.choice, cursor.attempt)
+                    self._meanings[cursor.slot] = meaning
+            case _:
+                pass
 
     def _closed(self, key: ReplicaEpoch, placed: dict[RequestId, ReplicaEpoch], effects: list[Any]) -> None:
         """Whoever ran there moves, and nobody else."""
