@@ -319,8 +319,6 @@ class Request:
     deadline: float | None
     # None while it waits.
     permit: Permit | None = None
-    # How long no gateway session held its journal.
-    orphan_s: float = 0.0
 
 
 @dataclass(slots=True)

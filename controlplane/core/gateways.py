@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from controlplane.core import scheduler
-from controlplane.core.entities import Gateway, Link, Node, NodePhase, Replica, Request
+from controlplane.core.entities import Gateway, Link, Node, NodePhase, Replica
 from controlplane.core.messages import AdminAnswered, AskId, CancelAsked, ConnectionId
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import NodeId, RequestId
@@ -30,6 +30,7 @@ def welcome(state: ClusterState, connection: ConnectionId, hello: GatewayHello) 
     if gateway is None or gateway.incarnation != hello.incarnation:
         if gateway is not None and gateway.link is not None:
             _supersede(state, gateway.link, "another process of its name came")
+            _orphan(state, gateway)
         gateway = Gateway(hello.gateway, hello.incarnation, hello.url, hello.pid, hello.host)
         state.gateways[hello.gateway] = gateway
         state.record("gateway_joined", details={"gateway": hello.gateway, "url": hello.url})
@@ -59,6 +60,14 @@ def broken(state: ClusterState, gateway: Gateway) -> None:
     for name, request in list(state.requests.items()):
         if request.gateway == gateway.gateway and request.permit is None:
             scheduler.forget(state, name)
+    _orphan(state, gateway)
+
+
+def _orphan(state: ClusterState, gateway: Gateway) -> None:
+    """Its session is over: from now on nobody holds the journals of what runs for it."""
+    for name, request in state.requests.items():
+        if request.gateway == gateway.gateway:
+            state.orphans.setdefault(name, 0.0)
 
 
 def inventory(state: ClusterState, gateway: Gateway, chunk: Inventory) -> None:
@@ -196,16 +205,17 @@ def tick(state: ClusterState, passed_s: float) -> None:
             if gateway.gone_s >= state.timings.resume_grace:
                 del state.gateways[gateway.gateway]
                 state.record("gateway_forgotten", details={"gateway": gateway.gateway})
-    for name, request in list(state.requests.items()):
-        if _has_journal(state, request):
-            request.orphan_s = 0.0
-        else:
-            request.orphan_s += passed_s
-            if request.orphan_s >= state.timings.resume_grace:
-                # nobody resumed it in time: its shadow is gone at the worker too
-                scheduler.forget(state, name)
+    for name in list(state.orphans):
+        _count_orphan(state, name, passed_s)
 
 
-def _has_journal(state: ClusterState, request: Request) -> bool:
-    gateway = state.gateways.get(request.gateway)
-    return gateway is not None and gateway.link is not None and gateway.incarnation == request.incarnation
+def _count_orphan(state: ClusterState, name: RequestId, passed_s: float) -> None:
+    """Nobody resumed it in time: its shadow is gone at the worker, too."""
+    request = state.requests.get(name)
+    if request is None or state.has_journal(request):
+        del state.orphans[name]
+        return
+    state.orphans[name] += passed_s
+    if state.orphans[name] >= state.timings.resume_grace:
+        del state.orphans[name]
+        scheduler.forget(state, name)

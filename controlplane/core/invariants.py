@@ -137,6 +137,7 @@ def _check_deployment(state: ClusterState, deployment: Deployment) -> None:
 def _check_requests(state: ClusterState) -> None:
     for name, request in state.requests.items():
         assert request.entry.request == name
+        assert state.has_journal(request) or name in state.orphans, f"nobody holds {name}, and no time runs for it"
         if request.permit is None:
             assert name in state.deployments[request.entry.deployment].queue, f"{name} waits nowhere"
         else:

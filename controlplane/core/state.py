@@ -113,6 +113,8 @@ class ClusterState:
     # An index of replicas.
     places: Places = field(default_factory=Places)
     requests: dict[RequestId, Request] = field(default_factory=dict[RequestId, Request])
+    # For how long no gateway session has held the journals of these, and perhaps of some that ended or were resumed.
+    orphans: dict[RequestId, float] = field(default_factory=dict[RequestId, float])
     # Highest epoch known of any replica, living or not.
     epochs: dict[ReplicaId, Epoch] = field(default_factory=dict[ReplicaId, Epoch])
     # Addresses that refused connects of a living process: for them the lease alone counts.
@@ -209,6 +211,11 @@ class ClusterState:
                 return None
             driver = driver or node
         return driver
+
+    def has_journal(self, request: Request) -> bool:
+        """A gateway's session holds it."""
+        gateway = self.gateways.get(request.gateway)
+        return gateway is not None and gateway.link is not None and gateway.incarnation == request.incarnation
 
     def mint_session(self) -> SessionId:
         self.sessions += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from controlplane.core.messages import AdminAnswered, AdminAsked, AskId, CancelAsked, Effect, LeaseMuted, SendGateway
-from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, NodeId, ReplicaId, RequestId
+from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, Incarnation, NodeId, ReplicaId, RequestId
 from controlplane.runtime.messages.common import ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
     CancelRequest,
@@ -123,6 +123,27 @@ def test_orphans_are_kept_for_the_resume_grace() -> None:
     cluster.tick()
     assert not cluster.state.requests
     assert not cluster.state.gateways
+
+
+def test_orphans_are_no_longer_counted_once_their_gateway_is_back() -> None:
+    cluster = serving()
+    gateway, _ = join(cluster, journal("r1"), journal("r2"))
+    cluster.close_gateway(gateway)
+    cluster.tick()
+    assert cluster.state.orphans == {"r1": 0.5, "r2": 0.5}
+    cluster.open_gateway(gateway, (journal("r1"),))
+    cluster.tick()
+    assert set(cluster.state.requests) == {"r1"}
+    assert not cluster.state.orphans
+
+
+def test_a_gateway_that_is_replaced_leaves_orphans() -> None:
+    """Another process of its name holds none of its journals."""
+    cluster = serving()
+    gateway, _ = join(cluster, journal("r1"))
+    gateway.incarnation = Incarnation("another")
+    cluster.open_gateway(gateway)
+    assert set(cluster.state.orphans) == {"r1"}
 
 
 def test_heartbeats_go_down_each_tick() -> None:
