@@ -51,8 +51,9 @@ class Chronicle:
                 self._failures = [item for item in self._failures if not _same(item, noticed, failure)]
                 self._failures.append((noticed, failure))
         for event in await self._cluster.events():
-            if _key(event) not in self._past:
-                self._events.setdefault(_key(event), (_happened(event), event))
+            # One who did not answer in `begin` tells of what was before, too.
+            if _key(event) not in self._past and (happened := _happened(event)) >= self._begun - SAME_S:
+                self._events.setdefault(_key(event), (happened, event))
 
     @property
     def failures(self) -> list[tuple[float, admin_pb2.FailureStatus]]:

@@ -18,9 +18,11 @@ from tools.chaos.network import Loss
 from tools.chaos.poison import poison
 
 SIGNALS = {Action.KILL: signal.SIGKILL, Action.STOP: signal.SIGSTOP, Action.TERMINATE: signal.SIGTERM}
+_LOADING = {common_pb2.REPLICA_PHASE_LOADING}
 PHASES = {
-    "loading": {common_pb2.REPLICA_PHASE_LOADING},
-    "regrouping": {common_pb2.REPLICA_PHASE_PREPARING, common_pb2.REPLICA_PHASE_FORMING},
+    "loading": _LOADING,
+    # From its new place until it serves, as a failure's timeline has it: forming alone may be over between two looks.
+    "regrouping": {common_pb2.REPLICA_PHASE_PREPARING, common_pb2.REPLICA_PHASE_FORMING, *_LOADING},
 }
 READY = common_pb2.REPLICA_PHASE_READY
 WHEN_POLL_S = 0.01
