@@ -126,7 +126,7 @@ MUTANTS = (
     Mutant("a spare's answer is ignored", leader.spare_answers_ignored, (), SPARE),
     Mutant("a lost node is taken for dead", leader.lost_is_dead, UNPLUGGED, UNPLUGGED_SHAPE, seeds=2),
     Mutant("credit leak", leader.credit_leak, ()),
-    Mutant("queue miscounted", leader.queue_miscounted, ("burst",)),
+    Mutant("queue miscounted", leader.queue_miscounted, ("burst",), seeds=2),
     Mutant("an end is forgotten", leader.end_forgotten, ()),
     Mutant("a request is written to etcd", leader.request_in_etcd, ()),
     # gateways

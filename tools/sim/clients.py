@@ -154,13 +154,13 @@ class Client:
                 return worker
         return None
 
-    def _lose(self) -> None:
-        """Nobody has the stream; whoever had it may have died, or kept it in vain for as long as was promised."""
+    def _expect_kept(self) -> None:
+        """Nobody was found to have the stream; whoever had it may have died, or kept it in vain for as long as was
+        promised."""
         keeper, kept_s = self.keeper, self.kernel.now - self.cut_at
         if keeper is not None and keeper.process.runs and kept_s < keeper.timings.resume_grace * KEPT_SHARE:
             held = self.request in keeper.state.requests
             assert held, f"{self.request} was dropped by {keeper.name} {kept_s:.1f} s after its gateway's death"
-        self.end("lost")
 
     def _resume(self, gateway: SimGateway) -> None:
         if gateway is self.gateway and gateway.open:
@@ -175,19 +175,20 @@ class Client:
                 if found.shadow is not None:
                     self._adopt(gateway, found, found.shadow)
                     return
+            self._expect_kept()
             if found.certain:
                 holders = self.holders(self.request)
                 names = [worker.name for worker in holders]
                 assert not holders, f"{self.request} is held by {names} and denied"
-                self._lose()
-                return
+                break
             await gateway.process.sleep(RESUME_AGAIN_S)
-        self._lose()
+        self.end("lost")
 
     def _adopt(self, gateway: SimGateway, found: ShadowFound, shadow: Shadow) -> None:
         held = [len(choice.delivered) // TOKEN_BYTES for choice in shadow.choices]
         if any(choice.given > tokens for choice, tokens in zip(self.choices, held, strict=True)):
-            self._lose()
+            self._expect_kept()
+            self.end("lost")
             return
         asked = RequestAccepted(
             request=self.request,
