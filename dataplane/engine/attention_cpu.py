@@ -26,8 +26,8 @@ class Arrangement:
     """A step's work for layers with the same window and heads."""
 
     groups: list[TileGroup]
-    # Where each row of the step finds its result, the groups' results one behind the other.
-    places_T: Tensor
+    # Where each row of the step finds its result, the groups' results one behind the other; None: at its own number.
+    places_T: Tensor | None
 
 
 class CpuAttentionStep:
@@ -57,7 +57,8 @@ class CpuAttentionStep:
             results.append(unfold(mixed_BKRD, heads, group.queries))
         if self._page is not None:
             self._page.advance()
-        return (results[0] if len(results) == 1 else torch.cat(results)).index_select(0, work.places_T)
+        out_THD = results[0] if len(results) == 1 else torch.cat(results)
+        return out_THD if work.places_T is None else out_THD.index_select(0, work.places_T)
 
     def turn(self, tables: tuple[Tensor, Tensor], layout: int) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, R) of tables (1, T, R), the sign of each dimension's partner in its sine."""
@@ -86,8 +87,10 @@ class CpuAttentionStep:
         return work
 
 
-def _places(groups: list[TileGroup], tokens: int, rows: int) -> Tensor:
+def _places(groups: list[TileGroup], tokens: int, rows: int) -> Tensor | None:
     """Of rows behind the step's tokens, which repeat the last one: that one's place."""
+    if len(groups) == 1 and isinstance(groups[0].rows, slice) and groups[0].rows == slice(0, rows):
+        return None
     numbers = torch.arange(tokens)
     order = torch.cat([numbers[group.rows] for group in groups])
     places_T = torch.empty(tokens, dtype=torch.long)
@@ -121,7 +124,12 @@ def by_tile(kv: Tensor, group: TileGroup) -> Tensor:
 
 def attend_tiles(q_BKRD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, group: TileGroup, score: Score) -> Tensor:
     """(B, K, R, D_value): each sequence's queries over its tiles."""
-    q_NKRD = q_BKRD.expand(group.tiles, -1, -1, -1) if q_BKRD.shape[0] == 1 else q_BKRD.index_select(0, group.owner_N)
+    if len(group.levels) == 1:
+        q_NKRD = q_BKRD
+    elif q_BKRD.shape[0] == 1:
+        q_NKRD = q_BKRD.expand(group.tiles, -1, -1, -1)
+    else:
+        q_NKRD = q_BKRD.index_select(0, group.owner_N)
     if score.softcap is None and k_NKLD.shape[3] == v_NKLD.shape[3]:
         out, log_sum = _flash(q_NKRD, k_NKLD, v_NKLD, 0.0, False, attn_mask=group.mask, scale=score.scaling)
     else:

@@ -4,7 +4,8 @@ Each sequence's cached positions are cut at multiples of TILE_TOKENS. A query at
 tiles' results are merged in order (split-KV attention, as in FlashDecoding, arXiv:2311.01282). Widths that never
 change keep a matrix product from choosing another order of summation; positions outside a row's sight add exact
 zeros. So a token's output has the same bits alone, in any batch, chunked and replayed. All tiles of a batch are one
-call.
+call. Where no sequence has a second tile, the end of the tiles that nobody has come to yet is cut off, by whole
+vectors: zeros less, and the same bits (tests/unit/dataplane/engine/test_attention.py).
 
 Shape letters: N tiles, B sequences of a group, R query rows a KV head, L positions of a tile.
 """
@@ -22,6 +23,9 @@ from dataplane.engine.inputs import Ints, Ragged
 
 TILE_TOKENS = 128
 """Of 64, merging costs one sequence a third more from 65 tokens on; of 256, short ones carry what they lack."""
+
+SHOWN_TOKENS = 32
+"""What is cut off a tile leaves a multiple of this."""
 
 ROWS_MULTIPLE = 4
 """Matrix products of one to three rows take other kernels: groups of rows are padded to a multiple of this."""
@@ -53,7 +57,7 @@ class TileGroup:
     owner_N: Tensor
     # The tiles' blocks, tile by tile.
     blocks: Tensor
-    # (N, 1, R or 1, L), added to scores.
+    # (N, 1, R or 1, L), added to scores; L is a tile's width or, of a single level, less.
     mask: Tensor
 
     @property
@@ -108,21 +112,40 @@ def _together(
         levels = _levels(tiles[begin:end])
         owner, number = _level_major(levels, first[begin:end])
         token_BQ = np.minimum(np.arange(queries), ragged.counts_E[chosen][:, None] - 1)
+        shown = tile
+        if len(levels) == 1:
+            ends = ragged.starts_E[chosen] + ragged.counts_E[chosen]
+            shown = _shown(int((ends - number * tile).max()), tile, ragged.block_tokens)
         yield TileGroup(
-            rows=torch.from_numpy((ragged.offsets_E[chosen][:, None] + token_BQ).reshape(-1)),
+            rows=_row_numbers((ragged.offsets_E[chosen][:, None] + token_BQ).reshape(-1)),
             queries=queries,
             levels=levels,
             owner_N=torch.from_numpy(owner),
-            blocks=_blocks(ragged, chosen[owner], number),
+            blocks=_blocks(ragged, chosen[owner], number, shown),
             mask=_mask(
                 number * tile,
                 _query_rows(ragged.starts_E[chosen][:, None] + token_BQ, heads)[owner],
                 window,
-                tile,
+                shown,
                 dtype,
             ),
         )
         begin = end
+
+
+def _shown(needed: int, tile: int, block_tokens: int) -> int:
+    """Width to leave of tiles whose first `needed` positions are there."""
+    if tile % SHOWN_TOKENS or SHOWN_TOKENS % block_tokens:
+        return tile
+    return -(-needed // SHOWN_TOKENS) * SHOWN_TOKENS
+
+
+def _row_numbers(rows: Ints) -> slice | Tensor:
+    """A slice where it can be, which copies nothing."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 == len(rows) and (np.diff(rows) == 1).all():
+        return slice(first, last + 1)
+    return torch.from_numpy(rows)
 
 
 def _query_rows(positions_BQ: Ints, heads: int) -> Ints:
@@ -152,7 +175,7 @@ def _pieces(
             queries=len(positions),
             levels=(1,) * len(number),
             owner_N=torch.zeros(len(number), dtype=torch.long),
-            blocks=_blocks(ragged, np.full(len(number), entry), number),
+            blocks=_blocks(ragged, np.full(len(number), entry), number, tile),
             mask=mask,
         )
 
@@ -172,16 +195,17 @@ def _level_major(levels: tuple[int, ...], first_B: Ints) -> tuple[Ints, Ints]:
     return owner, first_B[owner] + np.repeat(np.arange(len(levels)), levels)
 
 
-def _blocks(ragged: Ragged, entry_N: Ints, number_N: Ints) -> Tensor:
-    """Blocks of tile number_N[i] of entry_N[i]; behind the entry's last block any block will do: no row sees it."""
+def _blocks(ragged: Ragged, entry_N: Ints, number_N: Ints, shown: int) -> Tensor:
+    """Blocks of the first `shown` positions of tile number_N[i] of entry_N[i]; behind the entry's last block any block
+    will do: no row sees it."""
     per_tile = tile_tokens(ragged.block_tokens) // ragged.block_tokens
-    column = number_N[:, None] * per_tile + np.arange(per_tile)
+    column = number_N[:, None] * per_tile + np.arange(shown // ragged.block_tokens)
     last = ragged.tables_EB.shape[1] - 1
     return torch.from_numpy(ragged.tables_EB[entry_N[:, None], np.minimum(column, last)].reshape(-1))
 
 
-def _mask(base_N: Ints, positions_NR: Ints, window: int | None, tile: int, dtype: torch.dtype) -> Tensor:
-    distance = positions_NR[:, :, None] - (base_N[:, None] + np.arange(tile))[:, None, :]
+def _mask(base_N: Ints, positions_NR: Ints, window: int | None, shown: int, dtype: torch.dtype) -> Tensor:
+    distance = positions_NR[:, :, None] - (base_N[:, None] + np.arange(shown))[:, None, :]
     hidden = distance < 0
     if window:
         hidden |= distance >= window
