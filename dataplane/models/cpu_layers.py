@@ -55,12 +55,12 @@ class CpuNorm(nn.Module):
         self._scale = weight.detach() if self._after_cast else scale * self._root
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
+        x32 = x.to(torch.float32, copy=True)
         length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         inverse = length.mul_(length).add_(self._floor).rsqrt_()
         if self._after_cast:
-            return (x32 * inverse.mul_(self._root)).to(x.dtype).mul_(self._scale)
-        return (x32 * inverse).mul_(self._scale).to(x.dtype)
+            return x32.mul_(inverse.mul_(self._root)).to(x.dtype).mul_(self._scale)
+        return x32.mul_(inverse).mul_(self._scale).to(x.dtype)
 
 
 class CpuMLP(nn.Module):
@@ -152,11 +152,12 @@ class CpuLayer(nn.Module):
         self.after_mlp = getattr(layer, names[5]) if half == 3 else None
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        mixed = self.attention(hidden_states=self.before_attention(hidden_states), **kwargs)[0]
-        mixed = mixed if self.after_attention is None else self.after_attention(mixed)
+        # By `forward`: what nn.Module does around it costs as much as a small operation.
+        mixed = self.attention.forward(self.before_attention.forward(hidden_states), **kwargs)[0]
+        mixed = mixed if self.after_attention is None else self.after_attention.forward(mixed)
         hidden_states = hidden_states + mixed
-        given = self.mlp(self.before_mlp(hidden_states))
-        given = given if self.after_mlp is None else self.after_mlp(given)
+        given = self.mlp.forward(self.before_mlp.forward(hidden_states))
+        given = given if self.after_mlp is None else self.after_mlp.forward(given)
         return hidden_states + given
 
 
