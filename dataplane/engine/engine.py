@@ -99,6 +99,8 @@ class Engine:
         alone = device.type == "cuda" and is_exact(spec.numerics, device)
         self._sampler = Sampler(model.vocab_size, device, alone=alone)
         self._pacer = Pacer(step_s_max, spec.max_batch_tokens)
+        # First what any step takes: it is no part of what a prompt's tokens cost.
+        self._pacer.observe(1, ready.token_s)
         self._pacer.observe(ready.probe_tokens, ready.probe_s)
         # Seconds that the host has waited for the device, in all.
         self.waited_s = 0.0

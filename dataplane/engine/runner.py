@@ -229,22 +229,25 @@ class ModelRunner:
         # that wait for room at the next stage would hold up the logits that it must get rid of first.
         return Output(self._mesh.world.receive(logits, self._mesh.pipeline.ranks[-1]) if rows else logits)
 
-    def measure(self, tokens: int) -> float:
-        """Seconds that a prompt of so many tokens takes, in a cache of its own that is dropped again.
+    def measure(self, tokens: int) -> tuple[float, float]:
+        """Seconds that a single token takes, and a prompt of so many, in a cache of its own that is dropped again.
 
         All ranks together. Asserts that every attention layer comes to our function, and warms up what has to be.
         """
         if self._device.type == "cuda":
             self._choose_attention()
         self.allocate(-(-tokens // self._block_tokens))
-        plan = probe_plan(tokens, self._block_tokens)
         self._accelerate(probe_plan(min(tokens, PROBE_TOKENS_FIRST), self._block_tokens))
+        one, prompt = (self._timed(probe_plan(count, self._block_tokens)) for count in (1, tokens))
+        self.allocate(0)
+        return one, prompt
+
+    def _timed(self, plan: StepPlan) -> float:
+        """Seconds that a plan takes when it is not the first of its size."""
         self._probe(plan)
         begun = time.perf_counter()
         self._probe(plan)
-        elapsed = time.perf_counter() - begun
-        self.allocate(0)
-        return elapsed
+        return time.perf_counter() - begun
 
     def _accelerate(self, plan: StepPlan) -> None:
         """Put fast modules in, once; assert that they compute what the model does.

@@ -48,9 +48,10 @@ class Ready:
     runner: ModelRunner
     limits: Limits
     facts: Facts
-    # The measured prompt, and how long it took.
+    # The measured prompt, and how long it took, and a single token.
     probe_tokens: int
     probe_s: float
+    token_s: float
 
 
 def set_up(
@@ -72,7 +73,7 @@ def set_up(
         probe = min(probe, PROBE_TOKENS_CPU)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elapsed = runner.measure(probe)
+    token_s, probe_s = runner.measure(probe)
     blocks = min(all_gather_data(model.mesh.control, _count_blocks(model, spec, device, modes.cache_dtype)))
     if blocks < 1:
         text = f"no memory for a KV cache block beside the weights on {device} or a peer's device"
@@ -83,7 +84,7 @@ def set_up(
         runner.capture(lambda share: report("capture", PACK_SHARE + (1 - PACK_SHARE) * share))
     limits = _limits(model, spec, blocks, overlaps(spec, model.mesh, device))
     facts = Facts(promise(spec.numerics, device, model.mesh.tensor.size), runner.attention)
-    return Ready(runner, limits, facts, probe, elapsed)
+    return Ready(runner, limits, facts, probe, probe_s, token_s)
 
 
 def overlaps(spec: ReplicaSpec, mesh: Mesh, device: torch.device) -> bool:
