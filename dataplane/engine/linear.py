@@ -68,16 +68,23 @@ def packed_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def pack(module: nn.Module, report: Callable[[float], None] = lambda _: None) -> None:
+def pack(module: nn.Module, report: Callable[[float], None] = lambda _: None) -> list[Tensor]:
     """Give every module under `module` with a `matmul` a packed one, and pack its weight now if it is one matrix.
 
-    An nn.Linear that no one has fitted stays as it is. `report` gets the share that is done.
+    An nn.Linear that no one has fitted stays as it is. `report` gets the share that is done. Returns what was packed.
     """
     items = [item for item in module.modules() if getattr(item, "matmul", None) is F.linear]
+    done: list[Tensor] = []
     for index, item in enumerate(items):
         report(index / len(items))
         packed = PackedMatmul()
         weight = getattr(item, "weight", None)
         if isinstance(weight, Tensor):
-            packed.prepare(weight)
+            done.append(packed.prepare(weight))
         item.matmul = packed  # type: ignore[assignment]
+    return done
+
+
+def place_of(packed: Tensor) -> tuple[int, int]:
+    """Address and bytes of a packed weight."""
+    return torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
