@@ -15,7 +15,7 @@ import msgspec
 from controlplane.runtime.ids import Epoch, ReplicaId
 from controlplane.runtime.messages.common import Capacity, Member, Reason, ReplicaSpec, Sampling
 from controlplane.runtime.messages.serve import FinishReason
-from controlplane.runtime.messages.session import HeldWeights, WeightSource
+from controlplane.runtime.messages.weights import HeldWeights, WeightSource
 
 SequenceId = NewType("SequenceId", int)
 

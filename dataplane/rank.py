@@ -20,7 +20,7 @@ import torch
 from controlplane.runtime.errors import PerdureError
 from controlplane.runtime.ids import DeploymentId, Epoch
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
-from controlplane.runtime.messages.session import HeldWeights, WeightSource
+from controlplane.runtime.messages.weights import HeldWeights, WeightSource
 from controlplane.runtime.telemetry import configure_logging
 from dataplane.engine.engine import Engine
 from dataplane.engine.follower import Follower

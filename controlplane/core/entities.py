@@ -36,7 +36,8 @@ from controlplane.runtime.messages.common import (
     ReplicaSpec,
 )
 from controlplane.runtime.messages.route import Routed, RouteEntry, RouteRefused
-from controlplane.runtime.messages.session import HeldWeights, RankInfo, ReplicaInfo, SequenceInfo
+from controlplane.runtime.messages.session import RankInfo, ReplicaInfo, SequenceInfo
+from controlplane.runtime.messages.weights import HeldWeights
 from controlplane.runtime.records import DeploymentRecord
 
 

@@ -21,8 +21,8 @@ from controlplane.runtime.messages.session import (
     LoadProgress,
     LoadReplica,
     PrepareGroup,
-    WeightSource,
 )
+from controlplane.runtime.messages.weights import WeightSource
 from controlplane.runtime.records import PlacementRecord
 
 NONCE_BITS = 128

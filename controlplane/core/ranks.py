@@ -7,7 +7,8 @@ from controlplane.core.entities import Node
 from controlplane.core.recovery import fail
 from controlplane.core.state import ClusterState
 from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind
-from controlplane.runtime.messages.session import DeviceHealth, RankInfo, RankState, WeightsState
+from controlplane.runtime.messages.session import DeviceHealth, RankInfo, RankState
+from controlplane.runtime.messages.weights import WeightsState
 
 
 def rank_changed(state: ClusterState, node: Node, change: RankState) -> None:

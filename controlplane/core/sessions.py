@@ -40,10 +40,10 @@ from controlplane.runtime.messages.session import (
     LoadProgress,
     RankState,
     SessionRefused,
-    WeightsState,
     WorkerHello,
     WorkerSnapshot,
 )
+from controlplane.runtime.messages.weights import WeightsState
 
 
 def opened(state: ClusterState, event: WorkerOpened | GatewayOpened) -> None:

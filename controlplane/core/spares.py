@@ -16,7 +16,7 @@ from controlplane.core.stock import Shard
 from controlplane.core.weights import shard_of, sources
 from controlplane.runtime.ids import NodeId
 from controlplane.runtime.messages.common import Reason, ReplicaSpec
-from controlplane.runtime.messages.session import PreloadWeights, WeightsState
+from controlplane.runtime.messages.weights import PreloadWeights, WeightsState
 
 SPARES_MAX = 64
 """Of one deployment."""

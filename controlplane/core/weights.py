@@ -8,7 +8,7 @@ from controlplane.core.entities import Node, is_session_live
 from controlplane.core.state import ClusterState
 from controlplane.core.stock import Shard
 from controlplane.runtime.ids import DeploymentId, NodeId
-from controlplane.runtime.messages.session import HeldWeights, WeightSource, WeightsState
+from controlplane.runtime.messages.weights import HeldWeights, WeightSource, WeightsState
 
 SOURCES_MAX = 64
 """Living ranks that a loading one is told of."""

@@ -14,7 +14,6 @@ from controlplane.runtime.messages.session import (
     FormGroup,
     Heartbeat,
     LoadReplica,
-    PreloadWeights,
     PrepareGroup,
     QueueClass,
     RankInfo,
@@ -30,6 +29,7 @@ from controlplane.runtime.messages.session import (
     WorkerSnapshot,
     WorkerWelcome,
 )
+from controlplane.runtime.messages.weights import PreloadWeights
 from dataplane.core import drain, groups, weights
 from dataplane.core.endings import ranks_of
 from dataplane.core.gateways import tell_leader

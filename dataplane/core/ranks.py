@@ -7,7 +7,8 @@ from dataclasses import replace
 from controlplane.runtime.ids import Epoch, ReplicaId, RequestId
 from controlplane.runtime.messages import session
 from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind, ReplicaPhase
-from controlplane.runtime.messages.session import RankState, WeightsState
+from controlplane.runtime.messages.session import RankState
+from controlplane.runtime.messages.weights import WeightsState
 from dataplane import frames
 from dataplane.core.endings import (
     BLAMING,

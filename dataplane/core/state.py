@@ -30,7 +30,8 @@ from controlplane.runtime.messages.common import (
     Sampling,
 )
 from controlplane.runtime.messages.serve import FinishReason
-from controlplane.runtime.messages.session import GroupPhase, HeldWeights, SequencePhase, WorkerHello
+from controlplane.runtime.messages.session import GroupPhase, SequencePhase, WorkerHello
+from controlplane.runtime.messages.weights import HeldWeights
 from controlplane.runtime.timing import Timings
 from dataplane import frames
 from dataplane.core.messages import DeviceId, DeviceReading, Effect, LinkId, RankSample, StreamId

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind
-from controlplane.runtime.messages.session import HeldWeights, PreloadWeights, WeightsState
+from controlplane.runtime.messages.weights import HeldWeights, PreloadWeights, WeightsState
 from dataplane import frames
 from dataplane.core.endings import kill_if_spoilt, kill_rank
 from dataplane.core.messages import Recorded, SendRank

@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from controlplane.runtime.messages.common import ReplicaSpec
-from controlplane.runtime.messages.session import HeldWeights
+from controlplane.runtime.messages.weights import HeldWeights
 from dataplane.engine.engine import Engine
 from dataplane.engine.follower import Follower
 from dataplane.engine.sizing import available_bytes

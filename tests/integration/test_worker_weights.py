@@ -9,7 +9,7 @@ import pytest
 
 from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId
 from controlplane.runtime.messages.common import ReplicaSpec, Sampling
-from controlplane.runtime.messages.session import HeldWeights, PreloadWeights, WeightSource, WeightsState
+from controlplane.runtime.messages.weights import HeldWeights, PreloadWeights, WeightSource, WeightsState
 from dataplane.rank_pool import RANK_ENTRY
 from tests.support.models import blank_weights, tiny_model
 from tests.support.worker import Stage

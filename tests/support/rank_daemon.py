@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from controlplane.runtime.ids import Epoch, NodeId, ReplicaId
 from controlplane.runtime.messages.common import Member, ParallelDegrees, ReplicaSpec, Sampling
-from controlplane.runtime.messages.session import HeldWeights, WeightSource
+from controlplane.runtime.messages.weights import HeldWeights, WeightSource
 from controlplane.runtime.packing import pack_u32, unpack_u32
 from dataplane.frames import (
     LENGTH_BYTES,

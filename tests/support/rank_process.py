@@ -18,7 +18,7 @@ from pathlib import Path
 from controlplane.runtime.ids import Epoch
 from controlplane.runtime.messages.common import Capacity, Reason, ReasonKind
 from controlplane.runtime.messages.serve import FinishReason
-from controlplane.runtime.messages.session import HeldWeights
+from controlplane.runtime.messages.weights import HeldWeights
 from controlplane.runtime.packing import pack_u32, unpack_u32
 from dataplane import frames
 from dataplane.progress import ProgressPage

@@ -46,11 +46,11 @@ from controlplane.runtime.messages.session import (
     PrepareGroup,
     RankInfo,
     RankState,
-    WeightSource,
     WorkerHello,
     WorkerSnapshot,
     WorkerWelcome,
 )
+from controlplane.runtime.messages.weights import WeightSource
 from controlplane.runtime.packing import pack_u32, unpack_u32
 from controlplane.runtime.records import LeaderRecord
 from controlplane.runtime.timing import channel_options, derive_timings, server_options

@@ -7,7 +7,7 @@ from math import inf
 
 from controlplane.runtime.ids import Epoch, ReplicaId
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
-from controlplane.runtime.messages.session import HeldWeights
+from controlplane.runtime.messages.weights import HeldWeights
 from dataplane import frames
 from dataplane.core.messages import RankSample
 from tools.sim.engine import SimEngine

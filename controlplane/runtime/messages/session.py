@@ -12,7 +12,6 @@ from enum import IntEnum
 from controlplane.runtime.ids import (
     Attempt,
     ClusterId,
-    DeploymentId,
     Epoch,
     GatewayId,
     Incarnation,
@@ -26,7 +25,6 @@ from controlplane.runtime.messages.common import (
     Capacity,
     Device,
     Member,
-    ParallelDegrees,
     Permit,
     RankPhase,
     Reason,
@@ -34,6 +32,7 @@ from controlplane.runtime.messages.common import (
     ReplicaSpec,
     TimingSpec,
 )
+from controlplane.runtime.messages.weights import HeldWeights, PreloadWeights, WeightSource, WeightsState
 
 
 class SequencePhase(IntEnum):
@@ -92,29 +91,6 @@ class RankInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldWeights:
-    """A rank's shard of a model's weights on a device."""
-
-    deployment: DeploymentId
-    degrees: ParallelDegrees
-    rank: int
-    # Changes when the files, the dtype or the shard change.
-    fingerprint: str
-    # host:port at which other ranks may copy it; empty: nowhere.
-    address: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightsState:
-    """What a device's rank process holds has changed, or a preload failed (then with its reason)."""
-
-    device: str
-    pid: int
-    held: HeldWeights | None = None
-    reason: Reason | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaInfo:
     replica: ReplicaId
     epoch: Epoch
@@ -140,7 +116,7 @@ class Heartbeat:
     """On change and at least every heartbeat interval."""
 
     uptime_ms: int
-    # How late the daemon's own loop ran last.
+    # How late the daemon's own loop ran last, in milliseconds.
     loop_lag_ms: int = 0
     replicas: tuple[ReplicaLoad, ...] = ()
     health: tuple[DeviceHealth, ...] = ()
@@ -153,10 +129,11 @@ class ReplicaLoad:
     free_blocks: int
     running: int
     waiting: int
+    # Recent step time, milliseconds.
     step_ms: float = 0.0
     # Moves per layer or collective while the replica works.
     progress: int = 0
-    # Recent prefix block hashes (64 bits each, little-endian), at most 4 KiB.
+    # Recent prefix block hashes (64 bits each, little-endian), at most 4 KiB. A hint only.
     prefix_digest: bytes = b""
     waiting_tokens: int = 0
     queue: tuple[QueueClass, ...] = ()
@@ -298,29 +275,6 @@ class LoadReplica:
     epoch: Epoch
     deadline_ms: int
     # Living ranks that hold weights of the same model, to copy from where that is faster than reading files.
-    sources: tuple[WeightSource, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightSource:
-    """Weights in a living rank: of rank `rank` of a replica of `degrees`, to be had at `address` (host:port)."""
-
-    degrees: ParallelDegrees
-    rank: int
-    address: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreloadWeights:
-    """Keep a shard ready on a free device (a spare), so that a replica placed there later has nothing to load.
-
-    Answered by WeightsState. A Prepare for the device ends it.
-    """
-
-    device: str
-    # The shard: this rank of a replica of `spec`.
-    rank: int
-    spec: ReplicaSpec
     sources: tuple[WeightSource, ...] = ()
 
 

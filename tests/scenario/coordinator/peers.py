@@ -41,16 +41,15 @@ from controlplane.runtime.messages.session import (
     GroupPhase,
     GroupState,
     Heartbeat,
-    HeldWeights,
     RankInfo,
     RankState,
     ReplicaInfo,
     ReplicaLoad,
-    WeightsState,
     WorkerHello,
     WorkerSnapshot,
     WorkerWelcome,
 )
+from controlplane.runtime.messages.weights import HeldWeights, PreloadWeights, WeightsState
 from controlplane.runtime.records import DeploymentRecord, NodeRecord
 from controlplane.runtime.timing import derive_timings
 
@@ -309,3 +308,24 @@ def gateway_hello_of(peer: GatewayPeer) -> GatewayHello:
         pid=300,
         host=f"{peer.gateway}.host",
     )
+
+
+def preload(worker: Worker, frame: PreloadWeights) -> WeightsState:
+    """A free rank loads the shard, or says why not."""
+    busy = any(frame.device in held.devices for held in worker.held.values())
+    if busy or frame.device in worker.unwell:
+        kind, text = (ReasonKind.NO_CAPACITY, "busy") if busy else (ReasonKind.LOAD_FAILED, "the disk is gone")
+        return weights_state_of(worker, frame.device, Reason(kind=kind, text=text))
+    worker.weights[frame.device] = weights_of(worker, frame.device, frame.spec, frame.rank)
+    return weights_state_of(worker, frame.device)
+
+
+def lose_rank(worker: Worker, device: str, suspects: tuple[str, ...]) -> RankState:
+    """The rank process on `device` is gone, and what it ran; what its daemon says of it."""
+    bound = ((name, held) for name, held in worker.held.items() if device in held.devices)
+    name, held = next(bound, (ReplicaId(""), None))
+    worker.held.pop(name, None)
+    worker.weights.pop(device, None)
+    worker.down.append(device)
+    worker.end_sequences(name)
+    return exit_of(name, held, device, suspects)

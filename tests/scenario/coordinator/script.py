@@ -69,16 +69,8 @@ from controlplane.runtime.messages.route import (
     RoutedBatch,
     RouteEntry,
 )
-from controlplane.runtime.messages.session import (
-    AssignBatch,
-    Drained,
-    Fenced,
-    GroupPhase,
-    Leaving,
-    LoadReplica,
-    PreloadWeights,
-    WeightSource,
-)
+from controlplane.runtime.messages.session import AssignBatch, Drained, Fenced, GroupPhase, Leaving, LoadReplica
+from controlplane.runtime.messages.weights import PreloadWeights, WeightSource
 from controlplane.runtime.records import DeploymentRecord
 from tests.scenario.coordinator.model import Cluster
 from tests.scenario.coordinator.peers import deployment, entry

@@ -7,7 +7,8 @@ from controlplane.core.views import status_view
 from controlplane.core.weights import SOURCES_MAX, sources
 from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId
 from controlplane.runtime.messages.common import ReplicaPhase
-from controlplane.runtime.messages.session import LoadReplica, PreloadWeights
+from controlplane.runtime.messages.session import LoadReplica
+from controlplane.runtime.messages.weights import PreloadWeights
 from controlplane.runtime.records import DeploymentRecord
 from tests.scenario.coordinator.model import Cluster
 from tests.scenario.coordinator.peers import deployment
