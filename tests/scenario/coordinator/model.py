@@ -37,20 +37,8 @@ from controlplane.core.messages import (
 )
 from controlplane.core.state import ClusterState, Limits
 from controlplane.core.step import step
-from controlplane.runtime.ids import (
-    DeploymentId,
-    GatewayId,
-    Incarnation,
-    NodeId,
-    ReplicaId,
-    Term,
-)
-from controlplane.runtime.messages.common import (
-    Head,
-    Reason,
-    ReasonKind,
-    ReplicaPhase,
-)
+from controlplane.runtime.ids import DeploymentId, GatewayId, Incarnation, NodeId, ReplicaId, Term
+from controlplane.runtime.messages.common import Head, Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
     EndBatch,
     GatewayHeartbeat,
@@ -68,11 +56,11 @@ from controlplane.runtime.messages.session import (
     FormGroup,
     GroupPhase,
     LoadReplica,
-    PreloadWeights,
     PrepareGroup,
     ReleaseReplica,
     UndrainNode,
 )
+from controlplane.runtime.messages.weights import PreloadWeights
 from controlplane.runtime.records import DeploymentRecord, NodeRecord, PlacementRecord
 from controlplane.runtime.timing import Timings
 from tests.scenario.coordinator.peers import (
@@ -81,12 +69,13 @@ from tests.scenario.coordinator.peers import (
     GatewayPeer,
     Held,
     Worker,
-    exit_of,
     gateway_hello_of,
     group_state_of,
     heartbeat_of,
     hello_of,
     idle_rank,
+    lose_rank,
+    preload,
     snapshot_of,
     weights_of,
     weights_state_of,
@@ -227,12 +216,8 @@ class Cluster:
         """A fresh process under `name`, not yet connected."""
         node = NodeId(name)
         self.leases += 1
-        worker = Worker(
-            node,
-            Incarnation(f"{name}-{self.leases}"),
-            self.leases,
-            tuple(f"cpu:{index}" for index in range(devices)),
-        )
+        names = tuple(f"cpu:{index}" for index in range(devices))
+        worker = Worker(node, Incarnation(f"{name}-{self.leases}"), self.leases, names)
         self.workers[node] = worker
         return worker
 
@@ -278,7 +263,7 @@ class Cluster:
                     worker.end_sequences(frame.replica)
                     return self._ranks_exit(worker, held) if isinstance(frame, ReleaseReplica) else []
             case PreloadWeights():
-                return self._preload(worker, frame)
+                return self.say(worker, preload(worker, frame))
             case AssignBatch():
                 worker.assigned.update({permit.request: permit for permit in frame.permits})
             case DrainNode():
@@ -302,15 +287,6 @@ class Cluster:
                 effects += self.say(worker, weights_state_of(worker, device))
         return effects + self.group(worker, frame.replica, answer)
 
-    def _preload(self, worker: Worker, frame: PreloadWeights) -> list[Effect]:
-        """A free rank loads the shard, or says why not."""
-        busy = any(frame.device in held.devices for held in worker.held.values())
-        if busy or frame.device in worker.unwell:
-            kind, text = (ReasonKind.NO_CAPACITY, "busy") if busy else (ReasonKind.LOAD_FAILED, "the disk is gone")
-            return self.say(worker, weights_state_of(worker, frame.device, Reason(kind=kind, text=text)))
-        worker.weights[frame.device] = weights_of(worker, frame.device, frame.spec, frame.rank)
-        return self.say(worker, weights_state_of(worker, frame.device))
-
     def _ranks_exit(self, worker: Worker, held: Held) -> list[Effect]:
         """Released ranks exit, and fresh ones hold nothing."""
         effects: list[Effect] = []
@@ -326,13 +302,7 @@ class Cluster:
 
     def rank_exits(self, worker: Worker, device: str, suspects: tuple[str, ...] = ()) -> list[Effect]:
         """A rank process dies; its daemon lives and says so."""
-        bound = ((name, held) for name, held in worker.held.items() if device in held.devices)
-        name, held = next(bound, (ReplicaId(""), None))
-        worker.held.pop(name, None)
-        worker.weights.pop(device, None)
-        worker.down.append(device)
-        worker.end_sequences(name)
-        return self.say(worker, exit_of(name, held, device, suspects))
+        return self.say(worker, lose_rank(worker, device, suspects))
 
     def rank_comes_up(self, worker: Worker) -> list[Effect]:
         """The zygote forked a new rank for the device that lost its own."""

@@ -15,9 +15,7 @@ from controlplane.runtime.messages.serve import FinishReason
 from controlplane.runtime.packing import unpack_u32
 from dataplane.frames import (
     Cancel,
-    Exit,
     Failed,
-    Hello,
     Load,
     Loaded,
     LoadReport,
@@ -25,32 +23,11 @@ from dataplane.frames import (
     StepDone,
 )
 from tests.support.models import tiny_model
-from tests.support.rank_daemon import ANSWER_S, PROMPT, Daemon
+from tests.support.rank_daemon import PROMPT, Daemon
 from tests.unit.dataplane.engine.reference import greedy
 
 SLACK_BYTES = 16 * 1024 * 1024
 """Address space left for everything but large tensors."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models"), "llama")
-
-
-@pytest.fixture(scope="module")
-def spec(model: Path) -> ReplicaSpec:
-    return ReplicaSpec(deployment=DeploymentId("d"), model_path=str(model), kv_cache_tokens=2048, cpu_threads=1)
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    daemon = Daemon(tmp_path_factory.mktemp("rank"))
-    hello = daemon.expect(Hello)
-    assert (hello.pid, hello.device) == (daemon.process.pid, "cpu:0")
-    yield daemon
-    daemon.send(Exit())
-    assert daemon.process.wait(ANSWER_S) == 0, "a rank leaves in order when told"
-    daemon.close()
 
 
 @pytest.fixture

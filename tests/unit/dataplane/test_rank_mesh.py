@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.runtime.ids import DeploymentId, Epoch
+from controlplane.runtime.ids import Epoch
 from controlplane.runtime.messages.common import ParallelDegrees, ReplicaSpec, Sampling
 from dataplane.frames import (
     Abort,
     Aborted,
-    Exit,
     Hello,
     Holds,
     Load,
@@ -27,27 +26,6 @@ from dataplane.frames import (
 from tests.support.models import blank_weights, tiny_model
 from tests.support.rank_daemon import ANSWER_S, PROMPT, Daemon, Pair
 from tests.unit.dataplane.engine.reference import greedy
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models"), "llama")
-
-
-@pytest.fixture(scope="module")
-def spec(model: Path) -> ReplicaSpec:
-    return ReplicaSpec(deployment=DeploymentId("d"), model_path=str(model), kv_cache_tokens=2048, cpu_threads=1)
-
-
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    daemon = Daemon(tmp_path_factory.mktemp("rank"))
-    hello = daemon.expect(Hello)
-    assert (hello.pid, hello.device) == (daemon.process.pid, "cpu:0")
-    yield daemon
-    daemon.send(Exit())
-    assert daemon.process.wait(ANSWER_S) == 0, "a rank leaves in order when told"
-    daemon.close()
 
 
 @pytest.fixture(scope="module")

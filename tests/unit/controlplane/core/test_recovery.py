@@ -2,77 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 
-from controlplane.core.entities import NodePhase, Replica
 from controlplane.core.groups import note_epoch
 from controlplane.core.messages import (
-    AdminAnswered,
     AdminAsked,
     ApplyAsked,
     AskId,
-    DrainAsked,
-    Effect,
-    Recorded,
-    SendGateway,
-    SendWorker,
-    UndrainAsked,
     WriteDone,
     WritePlacement,
 )
-from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId, RequestId
+from controlplane.runtime.ids import Epoch, ReplicaId, RequestId
 from controlplane.runtime.messages.common import RankPhase, Reason, ReasonKind, ReplicaPhase
-from controlplane.runtime.messages.route import MoveRequests, ReplicaClosed, RouteBatch, RouteCause
+from controlplane.runtime.messages.route import ReplicaClosed, RouteBatch
 from controlplane.runtime.messages.session import (
     AbortGroup,
     DeviceHealth,
     GroupPhase,
     Heartbeat,
-    Leaving,
     LoadProgress,
     LoadReplica,
     PrepareGroup,
     RankState,
 )
 from tests.scenario.coordinator.model import Cluster
-from tests.scenario.coordinator.peers import Worker, deployment, entry
+from tests.scenario.coordinator.peers import deployment, entry
+from tests.unit.controlplane.core.acting import recorded, replica_of, sent, started, ticks, worker_of
 
 M0 = ReplicaId("m-0")
-
-
-def started(workers: int = 1, replicas: int = 1, tensor: int = 1, devices: int = 1) -> Cluster:
-    cluster = Cluster()
-    cluster.deployments[DeploymentId("m")] = deployment(replicas=replicas, tensor=tensor)
-    cluster.load()
-    for index in range(workers):
-        worker = cluster.add_worker(f"w{index + 1}", devices)
-        cluster.register(worker)
-        cluster.attach(worker)
-    return cluster
-
-
-def worker_of(cluster: Cluster, name: str = "w1") -> Worker:
-    return cluster.workers[NodeId(name)]
-
-
-def replica_of(cluster: Cluster, name: str = "m-0") -> Replica:
-    return cluster.state.replicas[ReplicaId(name)]
-
-
-def sent(effects: Iterable[Effect], kind: type) -> list[object]:
-    bodies = [effect.body for effect in effects if isinstance(effect, SendWorker | SendGateway)]
-    return [body for body in bodies if isinstance(body, kind)]
-
-
-def recorded(effects: Iterable[Effect]) -> list[str]:
-    return [effect.name for effect in effects if isinstance(effect, Recorded)]
-
-
-def ticks(cluster: Cluster, seconds: float) -> list[Effect]:
-    count = round(seconds / cluster.timings.heartbeat_interval)
-    return [effect for _ in range(count) for effect in cluster.tick()]
 
 
 # ---------------------------------------------------------------- coming up
@@ -315,94 +272,3 @@ def test_progress_is_judged_only_with_work_and_heartbeats() -> None:
     worker.stopped = False
     assert "replica_closed" in recorded(ticks(cluster, deadline + 2 * cluster.timings.heartbeat_interval))
     assert replica_of(cluster).epoch == 2
-
-
-# ---------------------------------------------------------------- in order
-
-
-def ask(cluster: Cluster, body: DrainAsked | UndrainAsked) -> AdminAnswered:
-    effects = cluster.step(AdminAsked(AskId(1), body))
-    (answer,) = [effect for effect in effects if isinstance(effect, AdminAnswered)]
-    return answer
-
-
-def test_drain_moves_what_is_left_at_its_deadline() -> None:
-    cluster = started()
-    cluster.settle()
-    gateway = cluster.add_gateway("g1")
-    cluster.tell(gateway, RouteBatch(entries=(entry("r1"),)))
-    assert ask(cluster, DrainAsked(NodeId("w1"), 2000)).error is None
-    assert not sent(ticks(cluster, 1.5), MoveRequests)
-    assert len(sent(cluster.tick(), MoveRequests)) == 1
-    assert "replica_closed" in recorded(ticks(cluster, cluster.timings.stage))
-    assert cluster.state.nodes[NodeId("w1")].phase is NodePhase.LEFT
-
-
-def test_drain_moves_one_after_another_where_there_is_room() -> None:
-    cluster = started(workers=2, replicas=2)
-    cluster.settle()
-    gateway = cluster.add_gateway("g1")
-    names = [RequestId(f"r{index}") for index in range(8)]
-    for name in names:
-        cluster.tell(gateway, RouteBatch(entries=(entry(name),)))
-    running = [name for name in names if name in replica_of(cluster).load.outstanding]
-    assert len(running) == 4
-    ask(cluster, DrainAsked(NodeId("w1"), 8000))
-    moved: list[RequestId] = []
-    for passed in range(1, 16):
-        for move in sent(cluster.tick(), MoveRequests):
-            assert isinstance(move, MoveRequests)
-            moved += move.requests
-            entries = tuple(entry(name, attempt=2, cause=RouteCause.PLANNED) for name in move.requests)
-            cluster.tell(gateway, RouteBatch(entries=entries))
-        assert len(moved) == passed // 4
-    assert moved == running[:0:-1]
-
-
-def test_drain_keeps_what_no_other_replica_would_take() -> None:
-    cluster = started(workers=1)
-    cluster.settle()
-    gateway = cluster.add_gateway("g1")
-    cluster.tell(gateway, RouteBatch(entries=(entry("r1"), entry("r2"))))
-    ask(cluster, DrainAsked(NodeId("w1"), 8000))
-    assert not sent(ticks(cluster, 7.5), MoveRequests)
-
-
-def test_undrain_before_the_deadline_goes_on_as_if_nothing_was() -> None:
-    cluster = started()
-    cluster.settle()
-    gateway = cluster.add_gateway("g1")
-    cluster.tell(gateway, RouteBatch(entries=(entry("r1"),)))
-    ask(cluster, DrainAsked(NodeId("w1"), 0))
-    assert replica_of(cluster).phase is ReplicaPhase.DRAINING
-    assert ask(cluster, UndrainAsked(NodeId("w1"))).error is None
-    assert replica_of(cluster).phase is ReplicaPhase.READY
-    assert replica_of(cluster).epoch == 1
-
-
-def test_a_leaving_node_moves_its_streams_before_its_own_deadline() -> None:
-    cluster = started()
-    cluster.settle()
-    gateway = cluster.add_gateway("g1")
-    cluster.tell(gateway, RouteBatch(entries=(entry("r1"),)))
-    reason = Reason(kind=ReasonKind.DRAINING, text="SIGTERM")
-    cluster.say(worker_of(cluster), Leaving(deadline_ms=10_000, reason=reason))
-    assert sent(ticks(cluster, 10.0 - cluster.timings.stage), MoveRequests)
-    answer = ask(cluster, UndrainAsked(NodeId("w1")))
-    assert answer.error is not None
-    assert answer.error.kind is ReasonKind.DRAINING
-
-
-def test_nobody_can_drain_what_is_not_there() -> None:
-    cluster = started()
-    answer = ask(cluster, DrainAsked(NodeId("w9"), 0))
-    assert answer.error is not None
-    assert answer.error.kind is ReasonKind.UNKNOWN_ID
-
-
-def test_a_draining_node_takes_no_new_replica() -> None:
-    cluster = started(workers=1, devices=2)
-    cluster.settle()
-    ask(cluster, DrainAsked(NodeId("w1"), 0))
-    cluster.settle()
-    assert replica_of(cluster).phase is ReplicaPhase.HELD
