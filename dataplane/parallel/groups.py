@@ -201,13 +201,9 @@ class Group:
         if self.size > 1:
             self.all_reduce(torch.zeros(1, device=self.device))
 
-    def abort(self) -> None:
-        """End the group: whoever waits in one of its exchanges, here or elsewhere, gets a PeerLost. From any thread."""
-        self.end_waits()
-        self.abort_backend()
-
     def end_waits(self) -> None:
-        """The part of an abort that waits for nothing."""
+        """First part of an abort, which waits for nothing: whoever waits in an exchange, here or elsewhere, gets a
+        PeerLost. From any thread."""
         self._aborted.set()
         if self.transport is None:
             return
@@ -219,7 +215,7 @@ class Group:
             self.transport.connections.shutdown()
 
     def abort_backend(self) -> None:
-        """The part that frees memory of a GPU, and so waits until whatever runs there has ended."""
+        """Second part of an abort: it frees memory of a GPU, and so waits until whatever runs there has ended."""
         if self.transport is not None and self.device == "cuda":
             self.transport.backend.abort()
 
