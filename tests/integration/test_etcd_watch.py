@@ -18,6 +18,7 @@ from tests.support.etcd import (
     CLOCK,
     TIMINGS,
     client_of,
+    reached,
     restore_snapshot,
     running,
     save_snapshot,
@@ -104,6 +105,7 @@ async def test_over_a_restart_of_etcd(own_etcd: EtcdChild, keys: Keys) -> None:
             await eventually("the watch is interrupted", lambda: not watcher.watch.connected)
             assert watcher.copy == {keys.peer("a"): b"1"}
             await own_etcd.start()
+            await reached(client)
             await client.put(keys.peer("b"), b"2", timeout=T)
             await watcher.holds(a=b"1", b=b"2")
             assert not any(batch.restored for batch in watcher.batches)
@@ -209,5 +211,6 @@ async def test_etcd_away_from_the_start(own_etcd: EtcdChild, keys: Keys) -> None
         watcher = Watcher(client, keys)
         async with running(watcher.run()):
             await own_etcd.start()
+            await reached(client)
             await client.put(keys.peer("a"), b"1", timeout=T)
             await watcher.holds(a=b"1")

@@ -28,6 +28,7 @@ from google.protobuf.json_format import MessageToDict
 
 from controlplane.runtime import die_with_parent
 from controlplane.runtime.etcd_server import EtcdChild, EtcdTls
+from controlplane.runtime.etcd_types import EtcdUnavailable
 from protos.perdure.v1 import admin_pb2, admin_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ async def eventually(what: str, condition: Callable[[], Any], timeout: float = 3
             last = condition()
             if asyncio.iscoroutine(last):
                 last = await last
-        except (grpc.aio.AioRpcError, aiohttp.ClientError, OSError) as error:
+        except (grpc.aio.AioRpcError, aiohttp.ClientError, OSError, EtcdUnavailable) as error:
             last = None
             problem = str(error)
         else:

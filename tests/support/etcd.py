@@ -21,6 +21,7 @@ from controlplane.runtime.etcd_types import EtcdOptions
 from controlplane.runtime.ids import draw_id
 from controlplane.runtime.keys import Keys
 from controlplane.runtime.timing import derive_timings
+from tests.support.cluster import eventually
 
 TIMINGS = derive_timings(failure_timeout=2.0, heartbeat_interval=0.25)
 """Short, so that leases expire while a test waits."""
@@ -140,6 +141,16 @@ def pem_files(issued: trustme.LeafCert, path: Path) -> tuple[Path, Path]:
     issued.cert_chain_pems[0].write_to_path(str(cert))
     issued.private_key_pem.write_to_path(str(key))
     return cert, key
+
+
+async def reached(client: EtcdClient) -> None:
+    """Wait until it has found its way back to an etcd that was away: until then a call is refused at once."""
+
+    async def answers() -> bool:
+        await client.get("x", timeout=2.0)
+        return True
+
+    await eventually("etcd is reached", answers)
 
 
 def save_snapshot(child: EtcdChild, path: Path) -> None:
