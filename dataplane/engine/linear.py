@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataplane.engine.huge_pages import collapse
+
 _ROWS_HINT = 16
 """Number of rows that the packing is chosen for; one packing serves every number."""
 
@@ -54,9 +56,10 @@ class PackedMatmul:
         return self.prepare(weight_OI) if packed is None else packed
 
     def prepare(self, weight_OI: Tensor) -> Tensor:
-        """Pack a weight that will be multiplied by."""
+        """Pack a weight that will be multiplied by, on huge pages where there are any."""
         weight = weight_OI.detach().to(packed_dtype(weight_OI.dtype)).contiguous()
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+        collapse(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
         self._packed[weight_OI.data_ptr(), weight_OI.shape] = packed
         self._last = weight_OI, packed
         return packed
@@ -68,23 +71,16 @@ def packed_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def pack(module: nn.Module, report: Callable[[float], None] = lambda _: None) -> list[Tensor]:
+def pack(module: nn.Module, report: Callable[[float], None] = lambda _: None) -> None:
     """Give every module under `module` with a `matmul` a packed one, and pack its weight now if it is one matrix.
 
-    An nn.Linear that no one has fitted stays as it is. `report` gets the share that is done. Returns what was packed.
+    An nn.Linear that no one has fitted stays as it is. `report` gets the share that is done.
     """
     items = [item for item in module.modules() if getattr(item, "matmul", None) is F.linear]
-    done: list[Tensor] = []
     for index, item in enumerate(items):
         report(index / len(items))
         packed = PackedMatmul()
         weight = getattr(item, "weight", None)
         if isinstance(weight, Tensor):
-            done.append(packed.prepare(weight))
+            packed.prepare(weight)
         item.matmul = packed  # type: ignore[assignment]
-    return done
-
-
-def place_of(packed: Tensor) -> tuple[int, int]:
-    """Address and bytes of a packed weight."""
-    return torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)

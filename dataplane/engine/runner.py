@@ -21,10 +21,9 @@ from torch import Tensor
 from controlplane.runtime.packing import unpack_u32
 from dataplane.engine.attention import ATTENTION, running
 from dataplane.engine.attention_cpu import CpuAttentionStep
-from dataplane.engine.huge_pages import Move
 from dataplane.engine.inputs import StepInputs, prepare, unpack
 from dataplane.engine.kv_cache import KVCache
-from dataplane.engine.linear import ROWS_MIN, pack, place_of
+from dataplane.engine.linear import ROWS_MIN, pack
 from dataplane.engine.plan import StepPlan, probe_plan, written_blocks
 from dataplane.models.accelerate import Kit, accelerate, is_accelerated
 from dataplane.models.cpu_layers import CpuKit
@@ -93,8 +92,8 @@ class ModelRunner:
     ) -> None:
         """Puts the weights into the form that is fastest here; `report` gets the share that is done."""
         self._modes = modes
-        packed = pack(model.module, report) if device.type == "cpu" else []
-        self._move = Move(place_of(weight) for weight in packed)
+        if device.type == "cpu":
+            pack(model.module, report)
         self._device = device
         self._block_tokens = block_tokens
         self._page = page
@@ -183,7 +182,6 @@ class ModelRunner:
             self._ends_E = np.cumsum(unpack(plan.logit_counts)) - 1
             self._drawn_N = torch.zeros(len(inputs.rows_N), dtype=torch.long, device=self._device)
             self._pass_on(out)
-        self._move.go_on()
 
     def _launch_on_gpu(self, steps: CudaSteps, plan: StepPlan) -> None:
         hidden_TH = None
