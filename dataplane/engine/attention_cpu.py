@@ -36,6 +36,7 @@ class CpuAttentionStep:
     def __init__(self, cache: KVCache, inputs: StepInputs, page: ProgressPage | None = None) -> None:
         self._cache = cache
         self._inputs = inputs
+        self._longest = inputs.ragged.longest
         self._page = page
         self._arrangements: dict[tuple[int | None, int, int], Arrangement] = {}
         # Rotary tables as layers want them, each beside the one it is made of.
@@ -75,12 +76,12 @@ class CpuAttentionStep:
         return cos, sin
 
     def _arrange(self, window: int | None, heads_per_kv: int, width: int, dtype: torch.dtype) -> Arrangement:
-        ragged = self._inputs.ragged
         # A window that nobody's text fills is none: such layers share their arrangement with those without.
-        window = None if window is not None and window >= ragged.longest else window
+        window = None if window is not None and window >= self._longest else window
         key = (window, heads_per_kv, width)
         work = self._arrangements.get(key)
         if work is None:
+            ragged = self._inputs.ragged
             groups = list(cut(ragged, window, heads_per_kv, width, dtype))
             work = Arrangement(groups, _places(groups, ragged.tokens, len(self._inputs.tokens_T)))
             self._arrangements[key] = work

@@ -171,7 +171,7 @@ class Engine:
         `begun` is told before the device is touched. None: nothing is finished yet. After an exception the engine must
         be `reset`.
         """
-        plan = self._scheduler.plan(self._pacer.tokens)
+        plan = self._scheduler.plan(self._pacer.tokens(decoding=self._scheduler.decodes))
         if plan is not None:
             if begun is not None:
                 begun(StepBegun(self._epoch, plan.number, plan.sequences))

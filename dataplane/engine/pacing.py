@@ -24,16 +24,19 @@ class Pacer:
         self._step_s_max = step_s_max
         self._tokens_max = tokens_max
         self._base_s = 0.0
-        self._token_s = 0.0
+        # Decaying sums of what prompts added and of their tokens: a short one, which costs more a token, weighs little.
+        self._added_s = 0.0
+        self._added_tokens = 0.0
         self._step_s = 0.0
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that a step may have."""
-        if not self._token_s:
+    def tokens(self, *, decoding: bool) -> int:
+        """Tokens that a step may have. Where no stream is `decoding`, a step may take twice as long: it keeps none
+        waiting but those that come meanwhile, and every further step reads all weights again."""
+        if not self._added_tokens:
             return self._tokens_max
-        room_s = max(self._step_s_max - self._base_s, self._base_s)
-        return max(_TOKENS_MIN, min(int(room_s / self._token_s), self._tokens_max))
+        step_s_max = self._step_s_max * (1 if decoding else 2)
+        room_s = max(step_s_max - self._base_s, self._base_s)
+        return max(_TOKENS_MIN, min(int(room_s * self._added_tokens / self._added_s), self._tokens_max))
 
     @property
     def step_s(self) -> float:
@@ -48,7 +51,8 @@ class Pacer:
             self._base_s = _blend(self._base_s, seconds)
         else:
             added_s = max(seconds - self._base_s, seconds * _COST_MIN)
-            self._token_s = _blend(self._token_s, added_s / tokens)
+            self._added_s = _blend(self._added_s, added_s)
+            self._added_tokens = _blend(self._added_tokens, tokens)
 
 
 def _blend(old: float, new: float) -> float:

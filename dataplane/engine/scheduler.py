@@ -86,6 +86,11 @@ class BatchScheduler:
         """There are sequences to run or ends to take."""
         return bool(self._book.sequences) or self._book.has_ended
 
+    @property
+    def decodes(self) -> bool:
+        """Some running sequence's prompt is done."""
+        return any(sequence.is_decoding for sequence in self._book.running.values())
+
     def find(self, sequence_id: SequenceId) -> Sequence | None:
         """The sequence, while it lives: its parameters and tokens, for the sampler."""
         return self._book.sequences.get(sequence_id)

@@ -51,11 +51,12 @@ class CpuNorm(nn.Module):
         width = weight.shape[-1]
         # x / sqrt(mean(x²) + ε) = x · sqrt(n) / sqrt(sum(x²) + n ε)
         self._root = width**0.5
-        self._floor = width * facts.epsilon
+        # A tensor: a number is made one at every call, which takes longer than the addition.
+        self._floor = torch.tensor(width * facts.epsilon, dtype=torch.float32, device="cpu")
         self._scale = weight.detach() if self._after_cast else scale * self._root
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.to(torch.float32, copy=True)
+        x32 = x.clone() if x.dtype == torch.float32 else x.float()
         length = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         inverse = length.mul_(length).add_(self._floor).rsqrt_()
         if self._after_cast:
@@ -74,7 +75,7 @@ class CpuMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = Linear.forward(self.up, x).chunk(2, dim=-1)
-        return self.down(self._activation(gate).mul_(up))
+        return self.down.forward(self._activation(gate).mul_(up))
 
 
 class CpuAttention(nn.Module):
@@ -112,7 +113,7 @@ class CpuAttention(nn.Module):
         qk_TND = turned(qk_TND, *step.turn(position_embeddings, self.layout), self.layout)
         q_THD, k_TKD = qk_TND.split((heads.query, heads.key_value), dim=1)
         out_THD = step.attend(self.perdure_layer, q_THD, k_TKD, v_TKD, self.score)
-        return self.out(out_THD.view(1, out_THD.shape[0], -1)), None
+        return self.out.forward(out_THD.view(1, out_THD.shape[0], -1)), None
 
     def _normed(self, qk_TND: Tensor) -> Tensor:
         norm, key_norm = self.norm, self.key_norm
