@@ -323,7 +323,7 @@ class Network:
 
     def _judge(self, side: Side) -> None:
         here, there = side.process, side.peer.process
-        mute = there.stopped or not there.alive or side.peer.closed
+        mute = there.mute or side.peer.closed
         if mute or self.is_cut(here.host, there.host) or self.is_cut(there.host, here.host):
             side.cut()
 

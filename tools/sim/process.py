@@ -112,8 +112,9 @@ class Process:
         self.name = name
         self.host = host
         self.alive = True
-        # SIGSTOP, or a machine paused: nothing runs, pings stay without an answer.
+        # SIGSTOP, or its machine stands still: nothing runs, pings stay without an answer.
         self.stopped = False
+        self.paused = False
         # Its loop is stuck while other threads answer pings.
         self.hung = False
         self._rate = rate
@@ -125,7 +126,12 @@ class Process:
 
     @property
     def runs(self) -> bool:
-        return self.alive and not self.stopped and not self.hung
+        return self.alive and not (self.stopped or self.hung or self.paused)
+
+    @property
+    def mute(self) -> bool:
+        """It answers no pings."""
+        return self.stopped or self.paused or not self.alive
 
     # ------------------------------------------------------------ time
 
@@ -185,7 +191,7 @@ class Process:
         """Do it now; when it runs again if it is stopped; never if it is dead."""
         if not self.alive:
             return
-        if self.stopped or self.hung:
+        if not self.runs:
             self._backlog.append((action, arguments))
         else:
             action(*arguments)
@@ -218,8 +224,21 @@ class Process:
             self.hung, self.stopped = hung, not hung
 
     def go_on(self) -> None:
-        """Run again: what came meanwhile is handled now, timers and news in either order."""
+        """End a stop. A machine that stands still runs nothing, whatever ends meanwhile."""
         self.stopped = self.hung = False
+        self._catch_up()
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def unpause(self) -> None:
+        self.paused = False
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """If it runs again: what came meanwhile is handled now, timers and news in either order."""
+        if not self.runs:
+            return
         backlog, self._backlog = self._backlog, []
         if self.kernel.random.random() < 0.5:
             backlog.sort(key=lambda item: item[0].__name__ != "deliver")

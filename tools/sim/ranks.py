@@ -112,8 +112,6 @@ class SimRank(Process):
         self.holds_device = False
         # Hangs in a kernel or a lock: alive, and moving nothing.
         self.stuck = False
-        # Its machine stands still.
-        self.paused = False
         # It was stuck or stopped, by no machine's fault, until then; infinite while it is.
         self.hung_until = -inf
         # Times a step is slower than it should be.

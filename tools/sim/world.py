@@ -238,33 +238,36 @@ class World:
 
     def stop(self, name: str, *, hung: bool = False) -> None:
         process = self.process(name)
-        if process is not None and process.runs:
+        if process is not None and not (process.stopped or process.hung):
             process.stop(hung=hung)
             if not hung:
                 self.network.stopped(process)
 
     def go_on(self, name: str) -> None:
         process = self.process(name)
-        if process is not None and not process.runs:
+        if process is not None and (process.stopped or process.hung):
             process.go_on()
 
     def pause(self, hosts: list[str]) -> None:
         """Machines stand still: whatever runs there."""
         for rank in self.house.all:
-            if rank.host in hosts and rank.runs:
-                rank.paused = True
-                rank.stop()
+            if rank.host in hosts:
+                rank.pause()
         for name in hosts:
-            self.stop(name)
+            process = self.process(name)
+            if process is not None:
+                process.pause()
+                self.network.stopped(process)
 
     def unpause(self, hosts: list[str]) -> None:
         for name in hosts:
-            self.go_on(name)
+            process = self.process(name)
+            if process is not None:
+                process.unpause()
         for rank in self.house.all:
             if rank.host in hosts and rank.paused:
-                rank.paused = False
                 # What it computed for is not done in its sleep.
-                self.kernel.after(self.kernel.random.uniform(0, WAKES_WITHIN_S), rank.go_on)
+                self.kernel.after(self.kernel.random.uniform(0, WAKES_WITHIN_S), rank.unpause)
 
     # ------------------------------------------------------------ who is what
 
@@ -316,6 +319,7 @@ class World:
         self.house.forks_fail = False
         self.unpause(self.hosts())
         for name in self.hosts():
+            self.go_on(name)
             self.restart(name)
         for rank in self.house.all:
             # One that is stuck or stopped stays so: to find and to kill it is the cluster's task.
