@@ -3,7 +3,7 @@ grows back once its full size has had a place for a while.
 
 Whoever can have a full place gets one first (placement.py). What remains is shrunk only after a wait: a process that
 restarts at once is worth more than a load of other shards. Nobody shrinks while as many replicas as desired have a
-place, since a full one stands in for him then.
+place, since a full one stands in for him then; nor onto devices that make another one whole.
 """
 
 from __future__ import annotations
@@ -40,8 +40,15 @@ def choices(state: ClusterState, deployment: Deployment, replica: Replica) -> tu
     record = deployment.record
     if record.recovery_strategy != ELASTIC or replica.homeless_s < _patience_s(state, replica):
         return ()
-    placed = sum(other.holds_devices and not other.retiring for other in deployment.replicas.values())
-    return smaller(record.spec.degrees, above=replica.oom_ranks) if placed < record.replicas else ()
+    placed = [other for other in deployment.replicas.values() if other.holds_devices and not other.retiring]
+    if len(placed) >= record.replicas or any(_grows_soon(state, deployment, other) for other in placed):
+        return ()
+    return smaller(record.spec.degrees, above=replica.oom_ranks)
+
+
+def _grows_soon(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
+    """It is shrunk, and what is free makes it whole: whoever shrank onto that would keep both small for good."""
+    return is_shrunk(deployment.record, replica) and _has_room(state, deployment, replica)
 
 
 def _patience_s(state: ClusterState, replica: Replica) -> float:

@@ -108,6 +108,26 @@ def test_one_full_replica_rather_than_two_shrunk_ones() -> None:
     assert shape(cluster) == {"m-0": "tp2", "m-1": "HELD"} or shape(cluster) == {"m-0": "HELD", "m-1": "tp2"}
 
 
+def test_nobody_shrinks_onto_what_makes_another_whole() -> None:
+    cluster = cluster_of(1, 1, replicas=3)
+    assert shape(cluster) == {"m-0": "tp2", "m-1": "HELD", "m-2": "HELD"}
+    die(cluster, "w2")
+    seconds(cluster, 60)
+    assert sorted(shape(cluster).values()) == ["HELD", "HELD", "tp1"]
+    join(cluster, "w2", 1)
+    for _ in range(200):
+        cluster.tick()
+        cluster.settle()
+        assert list(shape(cluster).values()).count("tp1") <= 1
+    assert sorted(shape(cluster).values()) == ["HELD", "HELD", "tp2"]
+
+
+def test_what_makes_nobody_whole_is_used() -> None:
+    cluster = cluster_of(1, 1, 1, replicas=2)
+    seconds(cluster, 60)
+    assert shape(cluster) == {"m-0": "tp2", "m-1": "tp1"}
+
+
 def test_a_shrunk_replica_is_not_outdated() -> None:
     cluster = cluster_of(1, 1)
     die(cluster, "w2")
