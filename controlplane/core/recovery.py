@@ -213,6 +213,9 @@ def bury(state: ClusterState, deployment: Deployment, replica: Replica) -> None:
     replica.phase = ReplicaPhase.CLOSED
     del deployment.replicas[replica.index]
     del state.replicas[replica.replica]
+    # It kept its number while it was there: if it is wanted again, its successor can come now.
+    deployment.settled = False
+    state.replan = True
     state.row_changed(replica)
     state.record("replica_retired", replica=replica, reason=replica.reason)
 
