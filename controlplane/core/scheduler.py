@@ -18,7 +18,7 @@ from controlplane.core.entities import GIVEN_UP, Deployment, Gateway, Replica, R
 from controlplane.core.fair_queue import Ticket
 from controlplane.core.prediction import congestion_s, demand, fits, pace, predicted_s
 from controlplane.core.state import ClusterState
-from controlplane.runtime.ids import RequestId
+from controlplane.runtime.ids import NO_ATTEMPT, Attempt, RequestId
 from controlplane.runtime.messages.common import Capacity, Permit, Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
     EndEntry,
@@ -43,6 +43,11 @@ def route(state: ClusterState, gateway: Gateway, entry: RouteEntry) -> None:
     if known is not None:
         if entry.attempt < known.entry.attempt:
             state.fence("RouteEntry")
+            # A late word of a gateway's own, which it will not heed; or a stream was resumed from a worker that never
+            # saw the last attempts of the gateway it was resumed from.
+            newest = known.entry.attempt
+            reason = Reason(kind=ReasonKind.SUPERSEDED, text=f"attempt {newest} of it is known")
+            refuse(state, gateway, entry, RouteCode.STALE_ATTEMPT, reason, newest=newest)
             return
         if entry.attempt == known.entry.attempt and _answer_again(state, gateway, known):
             return
@@ -108,11 +113,22 @@ def lapse(state: ClusterState, permit: Permit) -> None:
 
 
 def refuse(
-    state: ClusterState, gateway: Gateway, entry: RouteEntry, code: RouteCode, reason: Reason, retry_s: float = 0.0
+    state: ClusterState,
+    gateway: Gateway,
+    entry: RouteEntry,
+    code: RouteCode,
+    reason: Reason,
+    retry_s: float = 0.0,
+    newest: Attempt = NO_ATTEMPT,
 ) -> None:
     if gateway.link is not None:
         refused = RouteRefused(
-            request=entry.request, attempt=entry.attempt, code=code, reason=reason, retry_ms=round(retry_s * 1000)
+            request=entry.request,
+            attempt=entry.attempt,
+            code=code,
+            reason=reason,
+            retry_ms=round(retry_s * 1000),
+            newest_attempt=newest,
         )
         state.out.refused.setdefault(gateway.link.connection, []).append(refused)
 

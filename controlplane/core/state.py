@@ -49,7 +49,7 @@ from controlplane.runtime.ids import (
 from controlplane.runtime.messages.common import Reason, ReplicaPhase
 from controlplane.runtime.messages.route import LeaderHeartbeat, RouteDown
 from controlplane.runtime.messages.session import AttachDown
-from controlplane.runtime.records import DeploymentRecord
+from controlplane.runtime.records import DeploymentRecord, PlacementRecord
 from controlplane.runtime.timing import Timings
 
 NO_NODE = NodeId("")
@@ -126,6 +126,8 @@ class ClusterState:
     fenced: Counter[str] = field(default_factory=Counter[str])
     placing: dict[WriteId, Placing] = field(default_factory=dict[WriteId, Placing])
     applying: dict[WriteId, Applying] = field(default_factory=dict[WriteId, Applying])
+    # What etcd held when it was last read as a whole, until that is compared with what it is to hold.
+    placements_read: Mapping[ReplicaId, PlacementRecord] | None = None
     sessions: int = 0
     writes: int = 0
     # Something changed that may let a replica be placed, or a request be routed.

@@ -131,6 +131,7 @@ def _handle(state: ClusterState, event: Event) -> None:
             state.trouble = ""
             if state.frozen:
                 _enter_grace(state, Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="etcd answers again"))
+                _write_again(state)
         case WriteDone():
             _written(state, event)
         case RevokeDone():
@@ -160,7 +161,7 @@ def _store_loaded(state: ClusterState, event: StoreLoaded) -> None:
     """All of etcd: at first it is believed; later it is compared with what is known better here."""
     first, state.loaded = not state.loaded, True
     state.peers = event.peers
-    if event.restored:
+    if event.restored and not state.frozen:
         _enter_grace(state, Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="etcd was restored to an older state"))
     for name in list(state.nodes):
         if name not in event.nodes:
@@ -177,17 +178,21 @@ def _store_loaded(state: ClusterState, event: StoreLoaded) -> None:
             desired.restore(state, placement)
         groups.note_epoch(state, replica, placement.epoch)
     if not first:
-        _write_again(state, event)
+        state.placements_read = event.placements
+        _write_again(state)
     state.replan = True
     early, state.early = state.early, []
     for waiting in early:
         _handle(state, waiting)
 
 
-def _write_again(state: ClusterState, event: StoreLoaded) -> None:
-    """Placements that etcd forgot in a restore: it must hold every epoch that lives."""
+def _write_again(state: ClusterState) -> None:
+    """Placements that etcd forgot in a restore: it must hold every epoch that lives. Once the lease is sure again."""
+    if state.frozen or state.placements_read is None:
+        return
+    placements, state.placements_read = state.placements_read, None
     for replica in state.replicas.values():
-        record = event.placements.get(replica.replica)
+        record = placements.get(replica.replica)
         if replica.stored and replica.stored == replica.epoch and (record is None or record.epoch < replica.epoch):
             state.emit(WritePlacement(state.mint_write(), groups.record_of(state, replica)))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from controlplane.gateway.messages import Counted, Effect, Failure, WorkerKey
 from controlplane.gateway.request_rules import CRASHES_MAX, ask, ask_later, fail, move_on, place, starve, want_worker
 from controlplane.gateway.state import GatewayState
-from controlplane.runtime.ids import Term
+from controlplane.runtime.ids import Attempt, Term
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import (
     CancelRequest,
@@ -106,6 +106,9 @@ def on_refused(state: GatewayState, refused: RouteRefused, now: float) -> list[E
     journal = state.journals.get(refused.request)
     if journal is None or journal.phase != JournalPhase.ROUTING or refused.attempt != journal.attempt:
         return [Counted("refused_stale")]
+    if refused.code == RouteCode.STALE_ATTEMPT:
+        journal.attempt = Attempt(refused.newest_attempt + 1)
+        return [Counted("attempts_raised"), *ask(state, journal, now)]
     if refused.code in _FINAL:
         return fail(state, journal, _FINAL[refused.code], refused.reason, now)
     if refused.code == RouteCode.OVERLOADED and not journal.admitted:

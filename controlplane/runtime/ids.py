@@ -16,6 +16,7 @@ Incarnation = NewType("Incarnation", str)
 Term = NewType("Term", int)
 Epoch = NewType("Epoch", int)
 Attempt = NewType("Attempt", int)
+NO_ATTEMPT = Attempt(0)
 SessionId = NewType("SessionId", int)
 Slot = NewType("Slot", int)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from controlplane.runtime.ids import (
+    NO_ATTEMPT,
     Attempt,
     ClusterId,
     DeploymentId,
@@ -56,6 +57,8 @@ class RouteCode(IntEnum):
     DEADLINE = 5
     POISON = 6
     DEPLOYMENT_FAILED = 7
+    # Ask again under a higher one: another gateway had raised it before the stream was resumed.
+    STALE_ATTEMPT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +235,8 @@ class RouteRefused:
     code: RouteCode
     reason: Reason
     retry_ms: int = 0
+    # With STALE_ATTEMPT: the highest that the leader knows.
+    newest_attempt: Attempt = NO_ATTEMPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,7 @@ class RouteCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROUTE_CODE_DEADLINE: _ClassVar[RouteCode]
     ROUTE_CODE_POISON: _ClassVar[RouteCode]
     ROUTE_CODE_DEPLOYMENT_FAILED: _ClassVar[RouteCode]
+    ROUTE_CODE_STALE_ATTEMPT: _ClassVar[RouteCode]
 JOURNAL_PHASE_UNSPECIFIED: JournalPhase
 JOURNAL_PHASE_ROUTING: JournalPhase
 JOURNAL_PHASE_OPENING: JournalPhase
@@ -66,6 +67,7 @@ ROUTE_CODE_TOO_LONG: RouteCode
 ROUTE_CODE_DEADLINE: RouteCode
 ROUTE_CODE_POISON: RouteCode
 ROUTE_CODE_DEPLOYMENT_FAILED: RouteCode
+ROUTE_CODE_STALE_ATTEMPT: RouteCode
 
 class RouteRequest(_message.Message):
     __slots__ = ("head", "hello", "inventory", "route", "end", "locate", "heartbeat", "fenced", "first_tokens")
@@ -326,18 +328,20 @@ class Routed(_message.Message):
     def __init__(self, permit: _Optional[_Union[_common_pb2.Permit, _Mapping]] = ..., serve_address: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class RouteRefused(_message.Message):
-    __slots__ = ("request", "attempt", "code", "reason", "retry_ms")
+    __slots__ = ("request", "attempt", "code", "reason", "retry_ms", "newest_attempt")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     RETRY_MS_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     request: str
     attempt: int
     code: RouteCode
     reason: _common_pb2.Reason
     retry_ms: int
-    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., code: _Optional[_Union[RouteCode, str]] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ..., retry_ms: _Optional[int] = ...) -> None: ...
+    newest_attempt: int
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., code: _Optional[_Union[RouteCode, str]] = ..., reason: _Optional[_Union[_common_pb2.Reason, _Mapping]] = ..., retry_ms: _Optional[int] = ..., newest_attempt: _Optional[int] = ...) -> None: ...
 
 class RoutedBatch(_message.Message):
     __slots__ = ("routed", "refused")

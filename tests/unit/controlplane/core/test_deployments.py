@@ -15,6 +15,7 @@ from controlplane.core.messages import (
     DeploymentChanged,
     DrainAsked,
     Effect,
+    LeaseHeard,
     LeaseMuted,
     ScaleAsked,
     UndrainAsked,
@@ -204,6 +205,36 @@ def test_a_restored_store_is_told_what_it_forgot() -> None:
     cluster.settle()
     assert cluster.placements[ReplicaId("m-0")] == record
     assert phases(cluster) == {"m-0": ReplicaPhase.READY}
+
+
+def test_what_etcd_forgot_is_told_it_once_the_lease_is_sure() -> None:
+    cluster = started()
+    record = cluster.placements.pop(ReplicaId("m-0"))
+    cluster.step(LeaseMuted())
+    cluster.load(restored=True)
+    cluster.settle()
+    assert ReplicaId("m-0") not in cluster.placements
+    assert cluster.state.frozen
+    cluster.step(LeaseHeard())
+    cluster.settle()
+    assert cluster.placements[ReplicaId("m-0")] == record
+    cluster.load()
+    cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY}
+
+
+def test_one_that_is_wanted_again_while_it_leaves_has_a_successor() -> None:
+    cluster = started(2)
+    gateway = cluster.add_gateway("g1")
+    cluster.tell(gateway, RouteBatch(entries=(entry("r1"), entry("r2"))))
+    apply(cluster, deployment(replicas=1))
+    assert phases(cluster)["m-1"] is ReplicaPhase.DRAINING, "its request is to move first"
+    apply(cluster, deployment(replicas=2))
+    for _ in range(round(2 * cluster.timings.stage / cluster.timings.heartbeat_interval)):
+        cluster.tick()
+        cluster.settle()
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY, "m-1": ReplicaPhase.READY}
+    assert cluster.state.replicas[ReplicaId("m-1")].epoch == 2
 
 
 def test_a_new_spec_is_served_by_one_more_before_the_old_one_goes() -> None:

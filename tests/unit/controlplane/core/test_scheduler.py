@@ -207,7 +207,10 @@ def test_a_newer_attempt_takes_the_place_of_the_older() -> None:
     routed, _ = route(cluster, gateway, entry("r1", attempt=2, cause=RouteCause.LOST))
     assert routed["r1"].permit.attempt == 2
     assert cluster.state.replicas[ReplicaId("m-0")].load.outstanding == {"r1"}
-    assert route(cluster, gateway, entry("r1")) == ({}, {})
+    routed, refused = route(cluster, gateway, entry("r1"))
+    assert routed == {}
+    assert (refused["r1"].attempt, refused["r1"].code) == (1, RouteCode.STALE_ATTEMPT)
+    assert refused["r1"].newest_attempt == 2, "who resumed it from an older copy asks above this"
     assert cluster.state.fenced["RouteEntry"] == 1
 
 

@@ -142,8 +142,15 @@ def failures(effects: list[Effect]) -> list[Failed]:
     return [effect for effect in effects if isinstance(effect, Failed)]
 
 
-def refused(code: RouteCode, *, attempt: int = 1, retry_ms: int = 0) -> LeaderSaid:
-    entry = RouteRefused(request=R, attempt=Attempt(attempt), code=code, reason=WHY, retry_ms=retry_ms)
+def refused(code: RouteCode, *, attempt: int = 1, retry_ms: int = 0, newest: int = 0) -> LeaderSaid:
+    entry = RouteRefused(
+        request=R,
+        attempt=Attempt(attempt),
+        code=code,
+        reason=WHY,
+        retry_ms=retry_ms,
+        newest_attempt=Attempt(newest),
+    )
     return LeaderSaid(RoutedBatch(refused=(entry,)))
 
 

@@ -112,6 +112,14 @@ class TestRouting:
         (ask,) = asks(core.do(Tick()))
         assert ask.entry.attempt == 2
 
+    def test_a_resumed_stream_asks_above_the_attempts_it_never_saw(self):
+        core = Core()
+        core.do(LeaderOpened(), accepted())
+        (ask,) = asks(core.do(refused(RouteCode.STALE_ATTEMPT, newest=6)))
+        assert ask.entry.attempt == 7
+        assert core.do(refused(RouteCode.STALE_ATTEMPT, newest=9)) == [Counted("refused_stale")], "a late word"
+        assert phase(core) is JournalPhase.ROUTING
+
     @pytest.mark.parametrize(
         ("code", "failure"),
         [
