@@ -55,8 +55,10 @@ def _wanted(state: ClusterState, deployment: Deployment, free: Mapping[Place, Sh
     facts = (deployment.record.spares, tuple(losses), tuple(spots), tuple(current))
     if facts == deployment.covered:
         return current
-    deployment.covered = facts
     chosen = choose(losses, spots, deployment.record.spares)
+    if chosen.keys() == current.keys() and all(current[place].rank == one.rank for place, one in chosen.items()):
+        # Only what changes nothing need not be asked again: spares that were chosen may be gone, and all else be as then.
+        deployment.covered = facts
     return {place: _spare(state, place, choice, spec, current.get(place)) for place, choice in chosen.items()}
 
 
