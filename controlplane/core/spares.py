@@ -57,7 +57,7 @@ def _wanted(state: ClusterState, deployment: Deployment, free: Mapping[Place, Sh
         return current
     chosen = choose(losses, spots, deployment.record.spares)
     if chosen.keys() == current.keys() and all(current[place].rank == one.rank for place, one in chosen.items()):
-        # Only what changes nothing need not be asked again: spares that were chosen may be gone, and all else be as then.
+        # Asked again until nothing changes: what was chosen may be gone, and all else be as it was then.
         deployment.covered = facts
     return {place: _spare(state, place, choice, spec, current.get(place)) for place, choice in chosen.items()}
 
