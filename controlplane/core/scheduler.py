@@ -8,13 +8,11 @@ all of it is seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 
-from controlplane.core import failures
+from controlplane.core import failures, hopes
 from controlplane.core.assignment import assign
-from controlplane.core.elastic import is_shrunk
-from controlplane.core.entities import GIVEN_UP, Deployment, Gateway, Replica, Request
+from controlplane.core.entities import Deployment, Gateway, Replica, Request
 from controlplane.core.fair_queue import Ticket
 from controlplane.core.prediction import congestion_s, demand, fits, pace, predicted_s
 from controlplane.core.state import ClusterState
@@ -136,9 +134,9 @@ def refuse(
 def expire(state: ClusterState) -> None:
     """Refuse what waited too long: past its own deadline, or past the hope for a replica; and what waits in vain."""
     for deployment in state.deployments.values():
-        if (failed := _failed(deployment)) is not None:
+        if (failed := hopes.failed(deployment)) is not None:
             drop_queue(state, deployment, RouteCode.DEPLOYMENT_FAILED, failed)
-        hopeless = _hopeless(state, deployment)
+        hopeless = hopes.hopeless(deployment)
         for name in list(deployment.queue):
             request = state.requests[name]
             if request.deadline is not None and state.now >= request.deadline:
@@ -301,11 +299,11 @@ def _refusal(state: ClusterState, entry: RouteEntry) -> tuple[RouteCode, Reason,
     if entry.crashes >= CRASHES_MAX:
         text = f"it was in the unfinished step of {entry.crashes} engines that died"
         return RouteCode.POISON, Reason(kind=ReasonKind.POISON, text=text), 0.0
-    if (too_long := _too_long(entry, deployment)) is not None:
-        return RouteCode.TOO_LONG, too_long, 0.0
-    if (failed := _failed(deployment)) is not None:
-        return RouteCode.DEPLOYMENT_FAILED, failed, 0.0
-    hopeless = _hopeless(state, deployment)
+    if (reason := hopes.too_long(entry, deployment)) is not None:
+        return RouteCode.TOO_LONG, reason, 0.0
+    if (reason := hopes.failed(deployment)) is not None:
+        return RouteCode.DEPLOYMENT_FAILED, reason, 0.0
+    hopeless = hopes.hopeless(deployment)
     if hopeless is not None and hopeless.kind is not ReasonKind.NO_CAPACITY:
         return RouteCode.NO_REPLICA, hopeless, state.timings.failure_timeout
     waiting = sum(other.queue.new for other in state.deployments.values())
@@ -313,55 +311,6 @@ def _refusal(state: ClusterState, entry: RouteEntry) -> tuple[RouteCode, Reason,
         reason = Reason(kind=ReasonKind.OVERLOADED, text=f"{waiting} requests wait already")
         return RouteCode.OVERLOADED, reason, _retry_s(state, deployment)
     return None
-
-
-def _too_long(entry: RouteEntry, deployment: Deployment) -> Reason | None:
-    """No replica will ever take it. A shrunk one proves nothing: what it has no room for waits until it grows back."""
-    replicas = deployment.replicas.values()
-    # Asked for every request: the first replica says yes, mostly.
-    if any(replica.capacity is not None and fits(entry, replica.capacity) for replica in replicas):
-        return None
-    capacities = [replica.capacity for replica in replicas if replica.capacity is not None]
-    if not capacities or any(is_shrunk(deployment.record, replica) for replica in replicas):
-        return None
-    largest = max(capacity.max_model_tokens for capacity in capacities)
-    text = f"{entry.prompt_tokens} prompt tokens; a replica takes {largest or 'what its KV blocks hold'}"
-    return Reason(kind=ReasonKind.INVALID, text=text)
-
-
-def _failed(deployment: Deployment) -> Reason | None:
-    """Why no replica can come up, whatever anybody waits for."""
-    first: Replica | None = None
-    for replica in deployment.replicas.values():
-        if not replica.retiring:
-            if replica.phase is not ReplicaPhase.FAILED:
-                return None
-            first = first or replica
-    if first is None or first.reason is None:
-        return None
-    return replace(first.reason, text=f"{first.replica} cannot come up: {first.reason.text}")
-
-
-def _hopeless(state: ClusterState, deployment: Deployment) -> Reason | None:
-    """Why waiting will not help soon; None while a replica serves or comes up.
-
-    Of kind NO_CAPACITY while a node's return would help: worth a wait of timings.node_return.
-    """
-    hopeless = GIVEN_UP | {ReplicaPhase.HELD}
-    if any(replica.phase not in hopeless and not replica.retiring for replica in deployment.replicas.values()):
-        return None
-    replicas = [replica for replica in deployment.replicas.values() if not replica.retiring]
-    for replica in replicas:
-        if replica.phase is ReplicaPhase.HELD:
-            text = replica.reason.text if replica.reason else f"{replica.replica} waits for its nodes"
-            return Reason(kind=ReasonKind.NO_CAPACITY, text=text)
-    for replica in replicas:
-        text = replica.reason.text if replica.reason else ""
-        return Reason(kind=ReasonKind.GROUP_FAILED, text=f"{replica.replica} is {replica.phase.name.lower()}: {text}")
-    text = f"{deployment.record.deployment} has no replicas"
-    # right after a deployment was made its replicas are still to be planned
-    kind = ReasonKind.NO_CAPACITY if deployment.record.replicas else ReasonKind.ADMIN
-    return Reason(kind=kind, text=text)
 
 
 def _retry_s(state: ClusterState, deployment: Deployment) -> float:
