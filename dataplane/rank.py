@@ -27,7 +27,7 @@ from dataplane.engine.follower import Follower
 from dataplane.engine.holding import Held, Holding, Interrupted
 from dataplane.engine.linear import pack
 from dataplane.engine.link import DaemonGone, DaemonLink
-from dataplane.engine.setup import meet
+from dataplane.engine.setup import agree, meet
 from dataplane.engine.watch import AbortWatch
 from dataplane.frames import (
     Abort,
@@ -49,7 +49,6 @@ from dataplane.frames import (
     Prepared,
     Submit,
 )
-from dataplane.parallel.collectives import all_gather_data
 from dataplane.parallel.costs import CostLedger
 from dataplane.parallel.mesh import Formation, Mesh, Rendezvous, form_mesh, plan_mesh
 from dataplane.progress import ProgressPage
@@ -227,18 +226,19 @@ class Rank:
         self._link.send(Loaded(prepared.epoch, engine.capacity, held.model.weights))
 
     def _engine(self, held: Held, prepared: Prepare) -> Engine | Follower:
-        """What runs the weights. A new one where any rank of the mesh needs one: they are set up together."""
+        """What runs the weights. A new one where any rank of the mesh needs one, or two are not alike, as those of
+        former replicas may be: they are set up together."""
         spec, mesh = prepared.spec, held.model.mesh
         engine = held.engine if _shape(held.spec) == _shape(spec) else None
         meet(mesh.control)
-        everywhere = all(all_gather_data(mesh.control, engine is not None))
+        go_on = agree(mesh.control, engine.settled if engine is not None else None)
 
         def report(stage: str, share: float) -> None:
             self._progress(stage, READ_SHARE + (1 - READ_SHARE) * share)
 
-        if engine is None or not everywhere or self._device.type == "cuda":
+        if not go_on or self._device.type == "cuda":
             self._holding.hide()
-        if engine is not None and everywhere:
+        if engine is not None and go_on:
             engine.attach(held.model, report)
             return engine
         held.engine = engine = None

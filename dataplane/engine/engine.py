@@ -140,6 +140,11 @@ class Engine:
         return self._model.mesh.pipeline.size + self._limits.lookahead
 
     @property
+    def settled(self) -> list[int]:
+        """See ModelRunner."""
+        return self._runner.settled
+
+    @property
     def capacity(self) -> Capacity:
         """What this engine holds, as its replica reports it."""
         return capacity(self._limits, self._facts)

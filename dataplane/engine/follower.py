@@ -34,6 +34,11 @@ class Follower:
         self._page = page
 
     @property
+    def settled(self) -> list[int]:
+        """See ModelRunner."""
+        return self._runner.settled
+
+    @property
     def capacity(self) -> Capacity:
         return capacity(self._limits, self._facts)
 

@@ -56,6 +56,7 @@ class KVCache:
         """`dtype`: of the tensors, as `cache_dtype` gives it."""
         self.layers = tuple(layers)
         self.block_tokens = block_tokens
+        self.total_blocks = total_blocks
         self.keys = [
             _zeros(total_blocks, block_tokens * layer.kv_heads * layer.key_dim, dtype, device) for layer in layers
         ]

@@ -125,7 +125,7 @@ class ModelRunner:
         self._stages = StageLink(self._mesh.pipeline, model.config.hidden_size, model.dtype, self._device)
         if self._steps is not None:
             self._steps.attach(model)
-        # Logits of steps launched: here (one stage), or travelling to the driver.
+        # Logits of steps launched: at the driver that has them (one stage), or travelling to it.
         self._outputs: deque[Output] = deque()
         self._sent: deque[Sent] = deque()
         # Tokens that the last step gave, by row of logits, and the last row of each of its entries.
@@ -135,6 +135,11 @@ class ModelRunner:
     @property
     def mesh(self) -> Mesh:
         return self._mesh
+
+    @property
+    def settled(self) -> list[int]:
+        """What all ranks of a mesh must have alike: blocks of the cache."""
+        return [self._cache.total_blocks]
 
     def _scrub_unfinished(self) -> None:
         """Steps that an epoch's end cut off may have stored what is no number, out of an exchange that was aborted."""
@@ -190,9 +195,9 @@ class ModelRunner:
         result = steps.run(plan, hidden_TH)
         if not self._mesh.is_last_stage:
             self._stages.send_hidden(result.out)
-        elif self._mesh.is_first_stage:
+        elif self._mesh.is_driver:
             self._outputs.append(Output(result.out, result.best_N, result.captured))
-        elif len(result.out) and self._mesh.tensor.index == 0:
+        elif len(result.out) and self._sends_logits:
             self._send_logits(result.out)
 
     def _pass_on(self, out: Tensor) -> None:
@@ -203,10 +208,14 @@ class ModelRunner:
         if out.shape[0]:
             logits_NV = self._mesh.tensor.all_gather(out.contiguous()).transpose(0, 1).flatten(1)
         logits_NV = logits_NV[:, : self._model.vocab_size]
-        if self._mesh.is_first_stage:
+        if self._mesh.is_driver:
             self._outputs.append(Output(logits_NV))
-        elif out.shape[0] and self._mesh.tensor.index == 0:
+        elif out.shape[0] and self._sends_logits:
             self._send_logits(logits_NV)
+
+    @property
+    def _sends_logits(self) -> bool:
+        return not self._mesh.is_first_stage and self._mesh.tensor.index == 0
 
     def _send_logits(self, logits_NV: Tensor) -> None:
         while len(self._sent) >= self._mesh.pipeline.size:
@@ -266,7 +275,7 @@ class ModelRunner:
             accelerate(self._model.module, self._kit(), whole=self._mesh.pipeline.size == 1)
         self._take_over()
         if self._steps is not None:
-            self._steps = self._new_steps(len(self._cache.keys[0]))
+            self._steps = self._new_steps(self._cache.total_blocks)
         before, after = seen[0], self._probe(plan)
         if before is None or after is None:
             return

@@ -98,6 +98,13 @@ def meet(group: Group) -> None:
         broadcast_data(group, None, member, patient=True)
 
 
+def agree(group: Group, settled: list[int] | None) -> bool:
+    """Whether all ranks of a mesh may go on with the engines that they have: None where a rank has none, else what it
+    `settled` with the ranks of its last mesh, which need not be these."""
+    told = all_gather_data(group, settled)
+    return settled is not None and all(item == settled for item in told)
+
+
 def capacity(limits: Limits, facts: Facts) -> Capacity:
     """The limits, and how they are made use of, as a replica reports them."""
     return Capacity(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from controlplane.runtime.errors import PeerLost
 from controlplane.runtime.ids import DeploymentId
 from controlplane.runtime.messages.common import ParallelDegrees, ReplicaSpec, Sampling
+from dataplane.engine import sizing
 from dataplane.engine.engine import Engine
 from dataplane.engine.follower import Follower
 from dataplane.engine.library import Generated, generate, submission
 from dataplane.engine.replicas import Replicas
+from dataplane.engine.setup import agree
 from dataplane.frames import Submission
 from dataplane.models.fit import load_model
 from dataplane.parallel.mesh import Mesh
@@ -68,6 +73,40 @@ def regrouped(ranks: Ranks, path: str, prompts: list[list[int]], count: int) -> 
         return {"first": _tokens(first or []), "second": _tokens(second), "lost": lost}
     engine.run()
     return {"first": _tokens(first or []), "second": [], "lost": lost}
+
+
+def survivors_of_two(ranks: Ranks, path: str, prompts: list[list[int]], count: int) -> dict[str, Any]:
+    """Two replicas of two ranks; the second rank of the one and of the other change places. How many blocks each rank
+    had, whether ranks would go on with their engines, before and after, and what the new replicas generate."""
+    degrees = {"tensor": 2, "data": 2}
+    # As of two machines.
+    sizing.available_bytes = lambda: 3_000_000 if ranks.rank < 2 else 2_000_000
+    spec = _spec(path, degrees)
+    mesh = ranks.mesh(**degrees)
+    model = load_model(spec, mesh, ranks.device("cpu"), lambda *_: None)
+    replicas = Replicas(model, spec, ranks.device("cpu"))
+    settled = replicas.engine.settled
+    before = agree(mesh.control, settled)
+    replicas.generate(_submissions(prompts, count))
+    ranks.rank = (0, 3, 2, 1)[ranks.rank]
+    mesh.close()
+    mesh = ranks.mesh(**degrees)
+    after = agree(mesh.control, settled)
+    replicas = Replicas(model.attach(mesh), spec, ranks.device("cpu"))
+    tokens = _tokens(replicas.generate(_submissions(prompts, count)) or [])
+    return {"settled": settled, "alike": [before, after, agree(mesh.control, None)], "tokens": tokens}
+
+
+def logits_kept(ranks: Ranks, path: str, prompts: list[list[int]], count: int) -> int:
+    """Logits that a rank of two still holds after some steps."""
+    mesh = ranks.mesh(tensor=ranks.size)
+    spec = _spec(path, {"tensor": ranks.size}, kv_cache_tokens=2048)
+    model = load_model(spec, mesh, ranks.device("cpu"), lambda *_: None)
+    replicas = Replicas(model, spec, ranks.device("cpu"))
+    replicas.generate(_submissions(prompts, count))
+    gc.collect()
+    kept = [item for item in gc.get_objects() if torch.is_tensor(item) and item.shape[-1:] == (model.vocab_size,)]
+    return len([item for item in kept if item.device.type == "cpu"])
 
 
 def _lose_the_other(engine: Engine | Follower, mesh: Mesh, prompts: list[list[int]]) -> str:

@@ -12,7 +12,7 @@ from tests.support.ranks import RankPool
 from tests.unit.dataplane.engine.reference import greedy, mixed_prompts
 
 TOKENS = 8
-JOB = "tests.unit.dataplane.engine.jobs:answers"
+JOBS = "tests.unit.dataplane.engine.jobs"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,28 @@ def test_tokens_do_not_depend_on_the_mesh(
     ranks = prod(size for axis, size in degrees.items() if axis != "expert")
     paths = [tiny_model(folder, family) for family in families]
     named = [str(path) for path in paths]
-    told, *others = rank_pool.run(JOB, ranks, paths=named, prompts=prompts, degrees=degrees, count=TOKENS)
+    told, *others = rank_pool.run(f"{JOBS}:answers", ranks, paths=named, prompts=prompts, degrees=degrees, count=TOKENS)
     assert all(other == told for other in others)
     for path in paths:
         assert told[str(path)] == [greedy(path, prompt, TOKENS) for prompt in prompts], path.name
+
+
+def test_no_rank_keeps_the_logits_of_steps_that_are_over(rank_pool: RankPool, folder: Path) -> None:
+    path = tiny_model(folder, "llama")
+    few, many = (
+        rank_pool.run(f"{JOBS}:logits_kept", 2, path=str(path), prompts=mixed_prompts(3), count=count)
+        for count in (4, 40)
+    )
+    assert many == few
+
+
+def test_survivors_of_two_replicas_do_not_go_on_with_caches_of_different_sizes(
+    rank_pool: RankPool, folder: Path
+) -> None:
+    path, prompts = tiny_model(folder, "llama"), mixed_prompts(4)
+    told = rank_pool.run(f"{JOBS}:survivors_of_two", 4, path=str(path), prompts=prompts, count=TOKENS)
+    first, _, second, _ = [rank["settled"] for rank in told]
+    assert [rank["settled"] for rank in told] == [first, first, second, second]
+    assert first != second
+    assert [rank["alike"] for rank in told] == [[True, False, False]] * 4
+    assert told[0]["tokens"] == [greedy(path, prompt, TOKENS) for prompt in prompts]
