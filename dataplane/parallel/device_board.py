@@ -1,6 +1,6 @@
-"""Sums over the GPUs of one host without NCCL: each reads what the others have written (kernels/one_shot.py).
+"""Sums over the GPUs of one host without NCCL: each writes to all others (kernels/one_shot.py).
 
-The memory is torch's symmetric memory. Between two GPUs nothing moves fewer bytes; among more, what a rank reads grows
+The memory is torch's symmetric memory. Between two GPUs nothing moves fewer bytes; among more, what a rank writes grows
 with their number, so larger tensors stay with NCCL.
 
 A wait that a peer's death would make endless is ended from this side, by `abort`: no rank has to be killed for another.
@@ -19,8 +19,8 @@ from torch._C import _distributed_c10d
 _c10d: Any = _distributed_c10d
 """Its C++ bindings have no types."""
 
-READ_BYTES_MAX = 4 * 1024 * 1024
-"""What a rank reads from its peers in one exchange."""
+SENT_BYTES_MAX = 4 * 1024 * 1024
+"""What a rank writes to its peers in one exchange."""
 
 
 class DeviceBoard:
@@ -71,7 +71,7 @@ class DeviceBoard:
 
 def slot_bytes(ranks: int) -> int:
     """The largest tensor that goes over a board of so many ranks: a power of two."""
-    return 1 << (READ_BYTES_MAX // (ranks - 1)).bit_length() - 1
+    return 1 << (SENT_BYTES_MAX // (ranks - 1)).bit_length() - 1
 
 
 def is_reachable(identities: Sequence[str], device: torch.device) -> bool:
