@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import structlog
 import torch
 from torch import Tensor
 
@@ -28,8 +29,8 @@ from dataplane.engine.plan import StepPlan, probe_plan, written_blocks
 from dataplane.models.accelerate import Kit, accelerate, is_accelerated
 from dataplane.models.cpu_layers import CpuKit
 from dataplane.models.fit import FittedModel, assert_attention_reached
-from dataplane.parallel.collectives import all_gather_data
-from dataplane.parallel.groups import Sent
+from dataplane.parallel.collectives import all_gather_data, broadcast_data
+from dataplane.parallel.groups import UnderWay
 from dataplane.parallel.mesh import Mesh
 from dataplane.parallel.pipeline import StageLink
 from dataplane.progress import ProgressPage
@@ -39,11 +40,16 @@ if TYPE_CHECKING:
     from dataplane.engine.cuda_steps import CudaSteps
     from dataplane.engine.cuda_work import WorkMaker
 
+_log = structlog.get_logger()
+
 PROBE_TOKENS_FIRST = 48
 """Length of the prompt that fast modules are compared on."""
 
 STEPS_AHEAD_MAX = 2
 """Steps launched before the oldest one is done, beside one a stage."""
+
+SUM_ROUNDS = 3
+"""Steps that sums are timed in, each way by turns; the first ones set up what is new."""
 
 FAST_ERROR_MAX = 0.1
 """Relative difference that other roundings may make in half precision; a wrong module makes one near 1."""
@@ -101,6 +107,7 @@ class ModelRunner:
         self._steps: CudaSteps | None = None
         self._choice: Choice | None = None
         self._captures = False
+        self._by_pieces = False
         # The latest steps: as many as may not be done when their epoch ends.
         self._recent: deque[StepPlan] = deque()
         self._attach(model)
@@ -127,7 +134,7 @@ class ModelRunner:
             self._steps.attach(model)
         # Logits of steps launched: at the driver that has them (one stage), or travelling to it.
         self._outputs: deque[Output] = deque()
-        self._sent: deque[Sent] = deque()
+        self._sent: deque[UnderWay] = deque()
         # Tokens that the last step gave, by row of logits, and the last row of each of its entries.
         self._drawn_N = torch.zeros(0, dtype=torch.long, device=self._device)
         self._ends_E = np.zeros(0, dtype=np.int64)
@@ -138,8 +145,8 @@ class ModelRunner:
 
     @property
     def settled(self) -> list[int]:
-        """What all ranks of a mesh must have alike: blocks of the cache."""
-        return [self._cache.total_blocks]
+        """What all ranks of a mesh must have alike: blocks of the cache, and whether sums are made by pieces."""
+        return [self._cache.total_blocks, int(self._by_pieces)]
 
     def _scrub_unfinished(self) -> None:
         """Steps that an epoch's end cut off may have stored what is no number, out of an exchange that was aborted."""
@@ -247,6 +254,7 @@ class ModelRunner:
             self._choose_attention()
         self.allocate(-(-tokens // self._block_tokens))
         self._accelerate(probe_plan(min(tokens, PROBE_TOKENS_FIRST), self._block_tokens))
+        self._choose_sums(probe_plan(tokens, self._block_tokens))
         one, prompt = (self._timed(probe_plan(count, self._block_tokens)) for count in (1, tokens))
         self.allocate(0)
         return one, prompt
@@ -257,6 +265,26 @@ class ModelRunner:
         begun = time.perf_counter()
         self._probe(plan)
         return time.perf_counter() - begun
+
+    def _choose_sums(self, plan: StepPlan) -> None:
+        """On GPUs: whether long steps sum over tensor ranks by pieces. What that hides of a sum it takes from the
+        product beside it, so with fast links it does not pay; the driver measures."""
+        if self._device.type != "cuda" or self._mesh.tensor.size == 1:
+            return
+        # Only here: its kernels exist on hosts with a GPU alone.
+        from dataplane.engine.linear_cuda import sum_by_pieces
+
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(SUM_ROUNDS):
+            for by_pieces, found in times.items():
+                sum_by_pieces(self._model.module, by_pieces, exact=self._modes.exact)
+                begun = time.perf_counter()
+                self._probe(plan)
+                found.append(time.perf_counter() - begun)
+        whole_s, pieces_s = (min(times[by_pieces]) for by_pieces in (False, True))
+        self._by_pieces = broadcast_data(self._mesh.control, pieces_s < whole_s, 0, bool)
+        sum_by_pieces(self._model.module, self._by_pieces, exact=self._modes.exact)
+        _log.info("sums_chosen", by_pieces=self._by_pieces, whole_s=round(whole_s, 4), pieces_s=round(pieces_s, 4))
 
     def _accelerate(self, plan: StepPlan) -> None:
         """Put fast modules in, once; assert that they compute what the model does.

@@ -118,10 +118,17 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, tile:
     outputs, inputs = weight_OI.shape
     x = x_TI.reshape(-1, inputs).contiguous()
     out = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
-    if len(x):
-        strides = 0, weight_OI.stride(0), weight_OI.stride(1)
-        _launch(x, weight_OI, bias_O, None, out, strides, tile or tile_for(len(x), outputs))
+    product_into(x, weight_OI, out, bias_O, tile)
     return out.view(*x_TI.shape[:-1], outputs)
+
+
+def product_into(
+    x_TI: Tensor, weight_OI: Tensor, y_TO: Tensor, bias_O: Tensor | None = None, tile: Tile | None = None
+) -> None:
+    """`product` into `y_TO`. Both contiguous."""
+    if len(x_TI):
+        strides = 0, weight_OI.stride(0), weight_OI.stride(1)
+        _launch(x_TI, weight_OI, bias_O, None, y_TO, strides, tile or tile_for(len(x_TI), len(weight_OI)))
 
 
 def grouped_product(

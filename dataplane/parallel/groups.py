@@ -124,12 +124,23 @@ class Group:
             x = x.contiguous()
             if transport.device_board is not None and operation == SUM and transport.device_board.fits(x):
                 return transport.device_board.sum(x)
-            self.over_backend += 1
-            options = dist.AllreduceOptions()
-            options.reduceOp = _GLOO_OPERATIONS[operation]
-            options.timeout = timedelta(seconds=transport.timeout_s)
-            transport.backend.allreduce([x], options).wait()
+            self._launch_all_reduce(transport, x, operation).wait()
             return x / self.size if operation == MEAN else x
+
+    def begin_sum(self, x: Tensor) -> UnderWay:
+        """The sum of every rank's `x` (contiguous) into the memory of `x`, beside what comes after this call: on a GPU
+        beside the kernels launched then. `x` is the sum once `UnderWay.wait` has returned. All ranks wait for their
+        sums in the order in which they began them."""
+        assert x.is_contiguous()
+        with self._exchange("all_reduce", x) as transport:
+            return UnderWay(self, "all_reduce", self._launch_all_reduce(transport, x, SUM), x)
+
+    def _launch_all_reduce(self, transport: Transport, x: Tensor, operation: str) -> Any:
+        self.over_backend += 1
+        options = dist.AllreduceOptions()
+        options.reduceOp = _GLOO_OPERATIONS[operation]
+        options.timeout = timedelta(seconds=transport.timeout_s)
+        return transport.backend.allreduce([x], options)
 
     def reduce(self, x: Tensor, to: int, operation: str = SUM) -> Tensor:
         """The combined `x` on member `to`; elsewhere the result has no meaning. May reuse the memory of `x`."""
@@ -172,11 +183,12 @@ class Group:
             transport.backend.broadcast([x], options).wait()
             return x
 
-    def send(self, x: Tensor, to: int) -> Sent:
-        """Send `x` to member `to` without waiting for it to arrive. Keep the result until `Sent.wait`."""
+    def send(self, x: Tensor, to: int) -> UnderWay:
+        """Send `x` to member `to` without waiting for it to arrive. Keep the result until `UnderWay.wait`: then the
+        memory may be reused."""
         x = x.contiguous()
         with self._exchange("send", x) as transport:
-            return Sent(self, transport.backend.send([x], to, 0), x)
+            return UnderWay(self, "send", transport.backend.send([x], to, 0), x)
 
     def receive(self, x: Tensor, source: int) -> Tensor:
         """Fill `x` (contiguous) with what member `source` sent."""
@@ -277,16 +289,17 @@ _PATIENT_S = 365 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """A message under way. Holds its memory."""
+class UnderWay:
+    """An exchange that was begun. Holds its memory."""
 
     group: Group
+    kind: str
     work: Any
     x: Tensor
 
     def wait(self) -> None:
-        """Return once the memory may be reused. Raises PeerLost."""
+        """Return once it is over; on a GPU, once whatever is launched from now on comes after it. Raises PeerLost."""
         try:
             self.work.wait()
         except RuntimeError as error:
-            raise self.group.lost(self.group.pulse.entered, f"send: {error}") from error
+            raise self.group.lost(self.group.pulse.entered, f"{self.kind}: {error}") from error

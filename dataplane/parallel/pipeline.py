@@ -14,7 +14,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from dataplane.parallel.groups import Group, Sent
+from dataplane.parallel.groups import Group, UnderWay
 
 
 class StageLink:
@@ -25,7 +25,7 @@ class StageLink:
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._device = device
-        self._under_way: deque[Sent] = deque()
+        self._under_way: deque[UnderWay] = deque()
 
     def send_hidden(self, hidden_TH: Tensor) -> None:
         """Hand a micro-batch to the next stage. Waits only for the one sent `stages` ago."""

@@ -17,8 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataplane.parallel.groups import Group
+from dataplane.parallel.split import Range, cut
 
 Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+MatmulInto = Callable[[Tensor, Tensor, Tensor], object]
+"""(x_TI, weight_OI, y_TO): fills y, contiguous, with the product."""
+
+PIECES_MAX = 4
+PIECE_BYTES = 8 * 1024 * 1024
+"""Least of a result that is summed beside the product of the next piece."""
+_TILE_ROWS = 128
+"""A piece is a whole number of a product's tiles."""
 
 
 class Linear(nn.Module):
@@ -40,18 +49,43 @@ class Linear(nn.Module):
 class RowParallelLinear(Linear):
     """Each rank multiplies its share of the inputs; the partial results are summed over `group`.
 
-    The bias is added once, after the sum: every rank holds the whole of it.
+    The bias is added once, after the sum: every rank holds the whole of it. Where `matmul_into` is set, a large result
+    is made in pieces of rows, and each piece is summed while the next is multiplied.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, group: Group) -> None:
         super().__init__(weight, bias)
         self.group = group
+        self.matmul_into: MatmulInto | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group.size == 1:
             return self.matmul(x, self.weight, self.bias)
-        y = self.group.all_reduce(self.matmul(x, self.weight, None))
+        pieces = row_pieces(x.numel() // x.shape[-1], len(self.weight) * x.element_size())
+        if self.matmul_into is not None and len(pieces) > 1:
+            y = self._summed_by_pieces(x, pieces, self.matmul_into)
+        else:
+            y = self.group.all_reduce(self.matmul(x, self.weight, None))
         return y if self.bias is None else y + self.bias
+
+    def _summed_by_pieces(self, x: Tensor, pieces: Sequence[Range], matmul_into: MatmulInto) -> Tensor:
+        y = x.new_empty(*x.shape[:-1], len(self.weight))
+        x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, len(self.weight))
+        under_way = []
+        for start, stop in pieces:
+            matmul_into(x_TI[start:stop], self.weight, y_TO[start:stop])
+            under_way.append(self.group.begin_sum(y_TO[start:stop]))
+        for exchange in under_way:
+            exchange.wait()
+        return y
+
+
+def row_pieces(rows: int, row_bytes: int) -> list[Range]:
+    """The pieces in which a result of so many rows is made and summed; of a small one, one."""
+    tiles = -(-rows // _TILE_ROWS)
+    count = max(1, min(PIECES_MAX, rows * row_bytes // PIECE_BYTES, tiles))
+    parts = [cut(tiles, count, index) for index in range(count)]
+    return [(start * _TILE_ROWS, min(stop * _TILE_ROWS, rows)) for start, stop in parts]
 
 
 class FusedLinear(Linear):

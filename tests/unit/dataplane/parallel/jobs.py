@@ -14,6 +14,7 @@ from dataplane.parallel.data import average_gradients, gather_data, gather_rows,
 from dataplane.parallel.groups import MAX, MEAN, MIN, SUM, Group
 from dataplane.parallel.pipeline import StageLink
 from dataplane.parallel.shared_memory import SLOT_BYTES
+from dataplane.parallel.tensor import RowParallelLinear
 from tests.support.ranks import Ranks
 
 SMALL, LARGE = 7, SLOT_BYTES
@@ -63,6 +64,42 @@ def sums_are_the_same_bits(ranks: Ranks) -> list[int]:
     group = ranks.mesh(tensor=ranks.size).tensor
     x = torch.randn(1000, generator=torch.Generator().manual_seed(ranks.rank))
     return group.all_reduce(x).view(torch.int32).tolist()
+
+
+def sums_by_pieces(ranks: Ranks, kind: str = "cpu") -> dict[str, Any]:
+    """A product whose pieces are summed as they come, against one whose result is summed as a whole: the largest
+    difference by number of rows, and how many exchanges each took."""
+    group = ranks.mesh(tensor=ranks.size, kind=kind).tensor
+    device = ranks.device(kind)
+    told: dict[str, Any] = {}
+    # Whole numbers: every order of adding gives the same sum.
+    draw = torch.Generator().manual_seed(ranks.rank)
+    weight = torch.randint(-3, 4, (2048, 64), generator=draw).float().to(device)
+    bias = torch.ones(2048, device=device)
+    whole, by_pieces = (RowParallelLinear(weight, bias, group) for _ in range(2))
+    by_pieces.matmul_into = lambda x, weight, y: torch.mm(x, weight.t(), out=y)
+    for rows in (1, 1024, 2047, 3000, 9001):
+        x = torch.randint(-3, 4, (1, rows, 64), generator=draw).float().to(device)
+        before = group.costs["all_reduce"].calls if group.costs else 0
+        wanted, between = whole(x), group.costs["all_reduce"].calls
+        result, after = by_pieces(x), group.costs["all_reduce"].calls
+        told[str(rows)] = [float((result - wanted).abs().max()), between - before, after - between]
+    return told
+
+
+def lost_under_way(ranks: Ranks) -> list[str]:
+    """What a rank is told that waits for a sum in which another, which leaves, has no part."""
+    group = ranks.mesh(tensor=ranks.size).tensor
+    group.barrier()
+    if ranks.rank:
+        group.end_waits()
+        return []
+    begun = group.begin_sum(torch.ones(SLOT_BYTES))
+    try:
+        begun.wait()
+    except PeerLost as error:
+        return [error.reason.group, str(error.reason.collective), error.reason.text.partition(":")[0]]
+    return ["summed"]
 
 
 def many_exchanges(ranks: Ranks) -> int:

@@ -45,6 +45,15 @@ def test_a_sum_has_the_same_bits_on_every_rank(rank_pool: RankPool) -> None:
     assert results[0] == results[1] == results[2]
 
 
+def test_a_result_in_pieces_is_the_sum_of_the_whole(rank_pool: RankPool) -> None:
+    exchanges = {"1": [0.0, 1, 1], "1024": [0.0, 1, 1], "2047": [0.0, 1, 1], "3000": [0.0, 1, 2], "9001": [0.0, 1, 4]}
+    assert rank_pool.run(f"{JOBS}:sums_by_pieces", 2) == [exchanges, exchanges]
+
+
+def test_a_sum_under_way_whose_peer_is_lost_is_an_error_with_names(rank_pool: RankPool) -> None:
+    assert rank_pool.run(f"{JOBS}:lost_under_way", 2) == [["tensor", "2", "all_reduce"], []]
+
+
 def test_boards_survive_dawdling_ranks_and_mixed_exchanges(rank_pool: RankPool) -> None:
     assert rank_pool.run(f"{JOBS}:many_exchanges", 3) == [0, 0, 0]
 
