@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 
 # One thread a process: test files run side by side. Set before anything imports torch.
@@ -18,6 +19,18 @@ from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from tests.support.cluster import Cluster
+
+
+def see_gpus_from_another_one() -> None:
+    """Where there are several GPUs, each process of a run begins with another one. Before tests ask for them."""
+    worker, gpus = os.environ.get("PYTEST_XDIST_WORKER", ""), len(glob.glob("/dev/nvidia[0-9]*"))
+    if worker and gpus > 1:
+        first = int(worker.removeprefix("gw"))
+        order = [str((first + index) % gpus) for index in range(gpus)]
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(order))
+
+
+see_gpus_from_another_one()
 
 
 # What takes long to start is shared by these: one process runs all files of a group. What runs longest or waits most
@@ -49,8 +62,8 @@ class GroupScheduling(LoadScopeScheduling):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupScheduling:
-    return GroupScheduling(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> GroupScheduling | None:
+    return GroupScheduling(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 NAMED = ("matrix", "chaos")

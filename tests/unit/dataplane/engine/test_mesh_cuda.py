@@ -1,12 +1,15 @@
-"""The engine over two GPUs gives the tokens that transformers gives, and outlives the loss of one."""
+"""The engine over several GPUs gives the tokens that transformers gives, and outlives the loss of one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from controlplane.runtime.messages.common import ParallelDegrees
+from dataplane.parallel.mesh import world_size
 from tests.support.models import tiny_model
 from tests.support.ranks import RankPool
 from tests.unit.dataplane.engine.reference import greedy, mixed_prompts
@@ -18,7 +21,26 @@ pytestmark = [
 
 TOKENS = 12
 JOBS = "tests.unit.dataplane.engine.jobs"
-MESHES = [{"tensor": 2}, {"tensor": 2, "expert": 2}, {"pipeline": 2}]
+MESHES = [
+    {"tensor": 2},
+    {"tensor": 2, "expert": 2},
+    {"pipeline": 2},
+    {"tensor": 4},
+    {"tensor": 4, "expert": 2},
+    {"tensor": 2, "pipeline": 2},
+]
+
+
+def on_enough_gpus(degrees: dict[str, int]) -> Any:
+    missing, enough = torch.cuda.device_count() < ranks_of(degrees), {2: "two", 4: "four"}[ranks_of(degrees)]
+    name = "-".join(f"{axis}{n}" for axis, n in degrees.items())
+    return pytest.param(
+        degrees, id=name, marks=pytest.mark.skipif(missing, reason=f"there are no {enough} CUDA devices")
+    )
+
+
+def ranks_of(degrees: dict[str, int]) -> int:
+    return world_size(ParallelDegrees(**degrees))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("disable_cuda_graph", [False, True])
-@pytest.mark.parametrize("degrees", MESHES, ids=lambda degrees: "-".join(f"{axis}{n}" for axis, n in degrees.items()))
+@pytest.mark.parametrize("degrees", [on_enough_gpus(degrees) for degrees in MESHES])
 def test_tokens_do_not_depend_on_the_mesh(
     rank_pool: RankPool, folder: Path, degrees: dict[str, int], disable_cuda_graph: bool
 ) -> None:
@@ -36,10 +58,9 @@ def test_tokens_do_not_depend_on_the_mesh(
     prompts = mixed_prompts(6)
     options = {"disable_cuda_graph": disable_cuda_graph}
     named = [str(path) for path in paths]
-    told, other = rank_pool.run(
-        f"{JOBS}:answers", 2, paths=named, prompts=prompts, degrees=degrees, count=TOKENS, kind="cuda", options=options
-    )
-    assert other == told
+    arguments = {"degrees": degrees, "count": TOKENS, "kind": "cuda", "options": options}
+    told, *others = rank_pool.run(f"{JOBS}:answers", ranks_of(degrees), paths=named, prompts=prompts, **arguments)
+    assert others == [told] * len(others)
     for path in paths:
         assert told[str(path)] == [greedy(path, prompt, TOKENS) for prompt in prompts], path.name
 
