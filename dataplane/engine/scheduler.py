@@ -208,11 +208,15 @@ class BatchScheduler:
     def _plan_shared(self, draft: Draft) -> None:
         """Decodes of all running sequences, then prompts by rank."""
         self._yield_to_priority()
-        running = [s for s in sorted(self._book.running.values(), key=by_rank) if not s.is_solo]
-        for sequence in running:
+        prompts: list[Sequence] = []
+        for sequence in sorted(self._book.running.values(), key=by_rank):
+            if sequence.is_solo:
+                continue
             if sequence.is_decoding:
                 self._advance(sequence, draft)
-        self._plan_prompts(draft, [s for s in running if not s.is_decoding])
+            else:
+                prompts.append(sequence)
+        self._plan_prompts(draft, prompts)
 
     def _plan_prompts(self, draft: Draft, running: list[Sequence]) -> None:
         waiting = self._book.waiting
@@ -234,9 +238,10 @@ class BatchScheduler:
 
     def _advance(self, sequence: Sequence, draft: Draft) -> None:
         """Compute more of a running sequence in this step, as far as budgets and blocks go."""
-        if sequence.id not in self._book.running or not self._may_continue(sequence):
+        missing = sequence.missing
+        if sequence.id not in self._book.running or not self._may_continue(sequence, missing):
             return
-        count = min(sequence.missing, draft.tokens_left)
+        count = min(missing, draft.tokens_left)
         count = min(count, draft.logits_left) if sequence.wants_prompt_logprobs else count
         if count <= 0 or draft.logits_left <= 0:
             return
@@ -244,12 +249,12 @@ class BatchScheduler:
         if count:
             draft.add(sequence, count)
 
-    def _may_continue(self, sequence: Sequence) -> bool:
+    def _may_continue(self, sequence: Sequence, missing: int) -> bool:
         if not sequence.pending:
-            return sequence.missing > 0
+            return missing > 0
         return (
             self._limits.lookahead
-            and sequence.missing == 1
+            and missing == 1
             and sequence.last_step == self._steps
             and not sequence.is_complete
             and not sequence.needs_history
@@ -261,6 +266,8 @@ class BatchScheduler:
         """Give it blocks for up to `count` more tokens, taking them from lower ranks if it has none at all. Returns
         for how many tokens there is room."""
         limits = self._limits
+        if sequence.computed + count <= len(sequence.blocks) * limits.block_tokens:
+            return count
         while True:
             room = (len(sequence.blocks) + self._pool.available) * limits.block_tokens - sequence.computed
             if room > 0:

@@ -112,7 +112,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        return self.computed >= self.prompt_length and self.missing == 1
+        return self.computed >= self.prompt_length and len(self.tokens) + self.pending - self.computed == 1
 
     @property
     def is_complete(self) -> bool:
