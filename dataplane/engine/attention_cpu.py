@@ -7,6 +7,7 @@ positions of a tile, B sequences of a group, R query rows a KV head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from dataplane.engine.attention import Score
 from dataplane.engine.inputs import StepInputs
 from dataplane.engine.kv_cache import KVCache
-from dataplane.engine.tiles import ROWS_MULTIPLE, TileGroup, cut
+from dataplane.engine.tiles import TILE_TOKENS, Layout, TileGroup, cut
 from dataplane.models.recognise import TURNS, turn_halves
 from dataplane.progress import ProgressPage
 
@@ -38,7 +39,7 @@ class CpuAttentionStep:
         self._inputs = inputs
         self._longest = inputs.ragged.longest
         self._page = page
-        self._arrangements: dict[tuple[int | None, int, int], Arrangement] = {}
+        self._arrangements: dict[Layout, Arrangement] = {}
         # Rotary tables as layers want them, each beside the one it is made of.
         self._turns: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
@@ -46,14 +47,18 @@ class CpuAttentionStep:
         """See AttentionStep."""
         self._cache.write(layer, self._inputs.slots_T, k_TKD, v_TKD)
         heads, kv_heads = q_THD.shape[1], k_TKD.shape[1]
-        work = self._arrange(score.window, heads // kv_heads, kv_heads * q_THD.shape[2], q_THD.dtype)
+        # A window that nobody's text fills is none: such layers share their arrangement with those without.
+        window = None if score.window is not None and score.window >= self._longest else score.window
+        multiple = rows_multiple(k_TKD.shape[2], v_TKD.shape[2], q_THD.dtype, score.softcap is not None)
+        layout = Layout(window, heads // kv_heads, kv_heads * q_THD.shape[2], q_THD.dtype, multiple)
+        work = self._arrange(layout)
         results: list[Tensor] = []
         for group in work.groups:
             k, v = self._cache.gather(layer, group.blocks, q_THD.dtype)
             rows = group.rows
             q = q_THD[rows] if isinstance(rows, slice) else q_THD.index_select(0, rows)
             mixed_BKRD = attend_tiles(
-                fold(q, kv_heads, group.queries), by_tile(k, group), by_tile(v, group), group, score
+                fold(q, kv_heads, group.queries, multiple), by_tile(k, group), by_tile(v, group), group, score
             )
             results.append(unfold(mixed_BKRD, heads, group.queries))
         if self._page is not None:
@@ -75,17 +80,41 @@ class CpuAttentionStep:
         self._turns.append((tables[1], (cos, sin)))
         return cos, sin
 
-    def _arrange(self, window: int | None, heads_per_kv: int, width: int, dtype: torch.dtype) -> Arrangement:
-        # A window that nobody's text fills is none: such layers share their arrangement with those without.
-        window = None if window is not None and window >= self._longest else window
-        key = (window, heads_per_kv, width)
-        work = self._arrangements.get(key)
+    def _arrange(self, layout: Layout) -> Arrangement:
+        work = self._arrangements.get(layout)
         if work is None:
             ragged = self._inputs.ragged
-            groups = list(cut(ragged, window, heads_per_kv, width, dtype))
+            groups = list(cut(ragged, layout))
             work = Arrangement(groups, _places(groups, ragged.tokens, len(self._inputs.tokens_T)))
-            self._arrangements[key] = work
+            self._arrangements[layout] = work
         return work
+
+
+@cache
+def rows_multiple(key_dim: int, value_dim: int, dtype: torch.dtype, capped: bool) -> int:
+    """Query rows of which attention to a tile gives each the same bits however many multiples of so many there are.
+
+    Found by trying, as in row_bits.py: MKL's products in single precision of up to a tenth as many rows as the head is
+    wide take other kernels on some processors. The flash kernel cuts rows into blocks of 32, 64 or 256, so what is
+    left over matters, too.
+    """
+    draw = torch.Generator().manual_seed(7)
+    q, k, v = (
+        torch.randn(1, 1, count, dim, generator=draw).to(dtype)
+        for count, dim in ((_PROBED_ROWS, key_dim), (TILE_TOKENS, key_dim), (TILE_TOKENS, value_dim))
+    )
+    mask = torch.zeros(1, 1, 1, TILE_TOKENS, dtype=dtype)
+    score = Score(key_dim**-0.5, softcap=30.0 if capped else None)
+    whole, _ = _of_tiles(q, k, v, mask, score)
+    for multiple in _MULTIPLES:
+        counts = (multiple, 2 * multiple, 3 * multiple, 32 + multiple, 192 + multiple, _PROBED_ROWS - 256 + multiple)
+        if all(torch.equal(_of_tiles(q[:, :, :n], k, v, mask, score)[0], whole[:, :, :n]) for n in counts):
+            return multiple
+    return _MULTIPLES[-1]
+
+
+_MULTIPLES = (4, 8, 16, 32)
+_PROBED_ROWS = 1024
 
 
 def _places(groups: list[TileGroup], tokens: int, rows: int) -> Tensor | None:
@@ -100,13 +129,13 @@ def _places(groups: list[TileGroup], tokens: int, rows: int) -> Tensor | None:
     return torch.cat((places_T, places_T[-1:].expand(rows - tokens)))
 
 
-def fold(q: Tensor, kv_heads: int, queries: int) -> Tensor:
-    """(B · queries, H, D) → (B, K, R, D): a KV head's query heads become rows, padded to a multiple."""
+def fold(q: Tensor, kv_heads: int, queries: int, multiple: int) -> Tensor:
+    """(B · queries, H, D) → (B, K, R, D): a KV head's query heads become rows, padded to a multiple of so many."""
     rows, heads, dim = q.shape
     group = heads // kv_heads
     q = q.reshape(rows // queries, queries, kv_heads, group, dim).transpose(1, 2)
     q = q.reshape(rows // queries, kv_heads, queries * group, dim)
-    lacking = -q.shape[2] % ROWS_MULTIPLE
+    lacking = -q.shape[2] % multiple
     return torch.nn.functional.pad(q, (0, 0, 0, lacking)) if lacking else q
 
 
@@ -131,13 +160,17 @@ def attend_tiles(q_BKRD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, group: TileGrou
         q_NKRD = q_BKRD.expand(group.tiles, -1, -1, -1)
     else:
         q_NKRD = q_BKRD.index_select(0, group.owner_N)
-    if score.softcap is None and k_NKLD.shape[3] == v_NKLD.shape[3]:
-        out, log_sum = _flash(q_NKRD, k_NKLD, v_NKLD, 0.0, False, attn_mask=group.mask, scale=score.scaling)
-    else:
-        out, log_sum = _explicit(q_NKRD, k_NKLD, v_NKLD, group.mask, score)
+    out, log_sum = _of_tiles(q_NKRD, k_NKLD, v_NKLD, group.mask, score)
     if len(group.levels) == 1 and score.sinks_H is None:
         return out.to(q_BKRD.dtype)
     return _merge(out, log_sum, group, score.sinks_H).to(q_BKRD.dtype)
+
+
+def _of_tiles(q_NKRD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, mask: Tensor, score: Score) -> tuple[Tensor, Tensor]:
+    """Each tile's result, and the logarithm of its sum of weights."""
+    if score.softcap is None and k_NKLD.shape[3] == v_NKLD.shape[3]:
+        return _flash(q_NKRD, k_NKLD, v_NKLD, 0.0, False, attn_mask=mask, scale=score.scaling)
+    return _explicit(q_NKRD, k_NKLD, v_NKLD, mask, score)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, score: Score) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,6 @@ TILE_TOKENS = 128
 SHOWN_TOKENS = 32
 """What is cut off a tile leaves a multiple of this."""
 
-ROWS_MULTIPLE = 4
-"""Matrix products of one to three rows take other kernels: groups of rows are padded to a multiple of this."""
-
 TOGETHER_TOKENS_MAX = 128
 """Prompts of up to so many tokens are attended together: apart, each costs a dozen operations a layer."""
 
@@ -70,15 +67,26 @@ def tile_tokens(block_tokens: int) -> int:
     return max(TILE_TOKENS // block_tokens, 1) * block_tokens
 
 
-def cut(ragged: Ragged, window: int | None, heads_per_kv: int, width: int, dtype: torch.dtype) -> Iterator[TileGroup]:
-    """The groups of a step for layers with this window and `heads_per_kv` query heads a KV head.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What layers have in common that share an arrangement."""
 
-    `width`: elements of one query row over all KV heads, for the bound on memory.
-    """
+    window: int | None
+    # Query heads of a KV head.
+    group: int
+    # Elements of one query row over all KV heads, for the bound on memory.
+    width: int
+    dtype: torch.dtype
+    # A KV head's query rows are filled up to a multiple of so many (attention_cpu.py).
+    multiple: int
+
+
+def cut(ragged: Ragged, layout: Layout) -> Iterator[TileGroup]:
+    """The groups of a step for layers of this layout."""
     for entries in _alike(ragged.counts_E):
-        yield from _together(ragged, entries, window, heads_per_kv, width, dtype)
+        yield from _together(ragged, entries, layout)
     for entry in np.flatnonzero(ragged.counts_E > TOGETHER_TOKENS_MAX):
-        yield from _pieces(ragged, int(entry), window, heads_per_kv, width, dtype)
+        yield from _pieces(ragged, int(entry), layout)
 
 
 def _alike(counts_E: Ints) -> Iterator[Ints]:
@@ -92,19 +100,17 @@ def _alike(counts_E: Ints) -> Iterator[Ints]:
             yield entries
 
 
-def _together(
-    ragged: Ragged, entries: Ints, window: int | None, heads: int, width: int, dtype: torch.dtype
-) -> Iterator[TileGroup]:
+def _together(ragged: Ragged, entries: Ints, layout: Layout) -> Iterator[TileGroup]:
     """Entries with about as many tokens each, as many a group as the memory bound allows. Each is filled up to the
     longest with its last token: the copies compute the same."""
     tile = tile_tokens(ragged.block_tokens)
     starts, counts = ragged.starts_E[entries], ragged.counts_E[entries]
-    first = _first_seen(starts, window) // tile
+    first = _first_seen(starts, layout.window) // tile
     tiles = (starts + counts - 1) // tile - first + 1
     order = np.argsort(-tiles, kind="stable")
     entries, first, tiles = entries[order], first[order], tiles[order]
     queries = int(counts.max())
-    budget = max(PARTIAL_ELEMENTS_MAX // (width * heads * queries), 1)
+    budget = max(PARTIAL_ELEMENTS_MAX // (layout.width * layout.group * queries), 1)
     begin = 0
     while begin < len(entries):
         end = begin + max(int(np.searchsorted(np.cumsum(tiles[begin:]), budget, side="right")), 1)
@@ -124,10 +130,10 @@ def _together(
             blocks=_blocks(ragged, chosen[owner], number, shown),
             mask=_mask(
                 number * tile,
-                _query_rows(ragged.starts_E[chosen][:, None] + token_BQ, heads)[owner],
-                window,
+                _query_rows(ragged.starts_E[chosen][:, None] + token_BQ, layout)[owner],
+                layout.window,
                 shown,
-                dtype,
+                layout.dtype,
             ),
         )
         begin = end
@@ -148,28 +154,27 @@ def _row_numbers(rows: Ints) -> slice | Tensor:
     return torch.from_numpy(rows)
 
 
-def _query_rows(positions_BQ: Ints, heads: int) -> Ints:
+def _query_rows(positions_BQ: Ints, layout: Layout) -> Ints:
     """Positions of a KV head's query rows; one column where they are all the same."""
     if positions_BQ.shape[1] == 1:
         return positions_BQ
-    rows = np.repeat(positions_BQ, heads, axis=1)
-    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % ROWS_MULTIPLE)), mode="edge")
+    rows = np.repeat(positions_BQ, layout.group, axis=1)
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % layout.multiple)), mode="edge")
 
 
-def _pieces(
-    ragged: Ragged, entry: int, window: int | None, heads: int, width: int, dtype: torch.dtype
-) -> Iterator[TileGroup]:
+def _pieces(ragged: Ragged, entry: int, layout: Layout) -> Iterator[TileGroup]:
     """A chunk of a prompt, in pieces within the memory bound."""
     tile = tile_tokens(ragged.block_tokens)
     start, count, offset = (int(column[entry]) for column in (ragged.starts_E, ragged.counts_E, ragged.offsets_E))
     tiles = (start + count - 1) // tile + 1
-    step = max(min(PARTIAL_ELEMENTS_MAX // (width * heads * tiles), 2 * tile), ROWS_MULTIPLE)
+    step = max(min(PARTIAL_ELEMENTS_MAX // (layout.width * layout.group * tiles), 2 * tile), layout.multiple)
     for begin in range(0, count, step):
         positions = np.arange(start + begin, start + min(begin + step, count))
-        first = int(_first_seen(positions[:1], window)[0]) // tile
+        first = int(_first_seen(positions[:1], layout.window)[0]) // tile
         number = np.arange(first, int(positions[-1]) // tile + 1)
-        rows = _query_rows(positions[None], heads)
-        mask = _mask(number * tile, np.broadcast_to(rows, (len(number), rows.shape[1])), window, tile, dtype)
+        rows = _query_rows(positions[None], layout)
+        rows = np.broadcast_to(rows, (len(number), rows.shape[1]))
+        mask = _mask(number * tile, rows, layout.window, tile, layout.dtype)
         yield TileGroup(
             rows=slice(offset + begin, offset + begin + len(positions)),
             queries=len(positions),

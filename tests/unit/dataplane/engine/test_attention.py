@@ -52,6 +52,8 @@ SHAPES = {
     "sinks in a window": Shape(2, 3, 16, 16, window=70, sinks=True),
     "values narrower than keys": Shape(2, 2, 24, 16),
     "wide heads": Shape(1, 4, 256, 256),
+    "wide heads, soft-cap": Shape(1, 3, 256, 256, softcap=2.0),
+    "wide keys": Shape(2, 1, 192, 128),
 }
 
 
@@ -141,7 +143,7 @@ def test_ragged_batch_is_the_definition_within_rounding(name: str, dtype: torch.
     device = Device(SHAPES[name], dtype, lengths)
     outputs = device.step(*((s, 0, n) for s, n in enumerate(lengths)))
     # Wider heads have larger scores.
-    tolerance = 2e-6 * max(device.shape.key_dim / 64, 1) if dtype == torch.float32 else 2e-2
+    tolerance = 3e-6 * max(device.shape.key_dim / 64, 1) if dtype == torch.float32 else 2e-2
     for sequence, out in enumerate(outputs):
         assert (out.double() - device.expected(sequence)).abs().max() < tolerance
 
