@@ -11,7 +11,7 @@ from itertools import count, islice
 from controlplane.core import spares
 from controlplane.core.degrees import named
 from controlplane.core.devices import free_nodes, may_place
-from controlplane.core.elastic import choices, is_shrunk, may_grow
+from controlplane.core.elastic import choices, is_shrunk, may_grow, may_shrink
 from controlplane.core.entities import Deployment, Replica
 from controlplane.core.groups import place
 from controlplane.core.placement import plan
@@ -214,12 +214,14 @@ def _place_homeless(state: ClusterState) -> None:
     waiting = list(filter(_wants_place, state.places.homeless.values()))
     if not waiting:
         return
-    served = {name: _has_place(state.deployments[name]) for name in {replica.deployment for replica in waiting}}
+    whose = {replica.deployment: state.deployments[replica.deployment] for replica in waiting}
+    served = {name: _has_place(deployment) for name, deployment in whose.items()}
+    shrinking = {name: may_shrink(state, deployment) for name, deployment in whose.items()}
     homeless = {
         replica.replica: (state.deployments[replica.deployment], replica)
         for replica in sorted(waiting, key=lambda one: (served[one.deployment], one.deployment, one.index))
     }
-    wanted = [_wanted(state, deployment, replica) for deployment, replica in homeless.values()]
+    wanted = [_wanted(state, *one, shrinks=shrinking[one[0].record.deployment]) for one in homeless.values()]
     nodes = free_nodes(state, also=[member.node for replica in waiting for member in replica.members])
     for name, made in plan(wanted, nodes, state.places.siblings).items():
         deployment, replica = homeless[name]
@@ -234,13 +236,14 @@ def _has_place(deployment: Deployment) -> bool:
     return any(replica.holds_devices for replica in deployment.replicas.values())
 
 
-def _wanted(state: ClusterState, deployment: Deployment, replica: Replica) -> Wanted:
+def _wanted(state: ClusterState, deployment: Deployment, replica: Replica, *, shrinks: bool) -> Wanted:
+    degrees = deployment.record.spec.degrees
     return Wanted(
         replica=replica.replica,
         deployment=replica.deployment,
-        degrees=deployment.record.spec.degrees,
+        degrees=degrees,
         previous=replica.members,
-        smaller=choices(state, deployment, replica),
+        smaller=choices(state, replica, degrees) if shrinks else (),
     )
 
 

@@ -35,15 +35,13 @@ def same_model(spec: ReplicaSpec, other: ReplicaSpec) -> bool:
     return replace(spec, degrees=other.degrees) == other
 
 
-def choices(state: ClusterState, deployment: Deployment, replica: Replica) -> tuple[ParallelDegrees, ...]:
-    """Smaller degrees that the homeless replica may be placed with now, best first."""
+def may_shrink(state: ClusterState, deployment: Deployment) -> bool:
+    """Its homeless replicas may be placed with smaller degrees."""
     record = deployment.record
-    if record.recovery_strategy != ELASTIC or replica.homeless_s < _patience_s(state, replica):
-        return ()
+    if record.recovery_strategy != ELASTIC or _is_one_awaited(state):
+        return False
     placed = [other for other in deployment.replicas.values() if other.holds_devices and not other.retiring]
-    if len(placed) >= record.replicas or any(_grows_soon(state, deployment, other) for other in placed):
-        return ()
-    return smaller(record.spec.degrees, above=replica.oom_ranks)
+    return len(placed) < record.replicas and not any(_grows_soon(state, deployment, other) for other in placed)
 
 
 def _grows_soon(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
@@ -51,10 +49,22 @@ def _grows_soon(state: ClusterState, deployment: Deployment, replica: Replica) -
     return is_shrunk(deployment.record, replica) and _has_room(state, deployment, replica)
 
 
-def _patience_s(state: ClusterState, replica: Replica) -> float:
-    """One that served is missed, and a rank or daemon that restarts is back within a stage. One that never had a place
-    is missed by nobody: its nodes may just be starting."""
-    return state.timings.stage if replica.epoch else state.timings.node_return
+def _is_one_awaited(state: ClusterState) -> bool:
+    """Within a stage. A replica that served is missed: a rank or daemon that restarts is back by then, and the devices
+    of those that live are kept for it so long. A node that comes has its devices free one after the other, as its ranks
+    come up, and others may follow it."""
+    stage = state.timings.stage
+    missed = (one for one in state.places.homeless.values() if one.epoch and not one.holds_devices)
+    nodes = (node for name in state.places.roomy if (node := state.nodes.get(name)) is not None and node.placeable)
+    return any(one.homeless_s < stage for one in missed) or any(state.now - node.joined_at < stage for node in nodes)
+
+
+def choices(state: ClusterState, replica: Replica, full: ParallelDegrees) -> tuple[ParallelDegrees, ...]:
+    """Smaller degrees for the homeless replica, best first. One that never had a place is missed by nobody: its nodes
+    may just be starting."""
+    if not replica.epoch and replica.homeless_s < state.timings.node_return:
+        return ()
+    return smaller(full, above=replica.oom_ranks)
 
 
 def may_grow(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:

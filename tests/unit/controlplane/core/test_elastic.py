@@ -10,10 +10,10 @@ from controlplane.core.degrees import named
 from controlplane.core.entities import Replica
 from controlplane.core.messages import AdminAsked, ApplyAsked, AskId, DrainAsked, UndrainAsked
 from controlplane.core.views import status_view
-from controlplane.runtime.ids import DeploymentId, NodeId, ReplicaId, RequestId
-from controlplane.runtime.messages.common import ReasonKind, ReplicaPhase
+from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId, RequestId
+from controlplane.runtime.messages.common import RankPhase, ReasonKind, ReplicaPhase
 from controlplane.runtime.messages.route import RouteBatch
-from controlplane.runtime.messages.session import GroupPhase
+from controlplane.runtime.messages.session import GroupPhase, RankInfo, WorkerSnapshot
 from tests.scenario.coordinator.model import Cluster
 from tests.scenario.coordinator.peers import deployment, entry
 
@@ -126,6 +126,31 @@ def test_what_makes_nobody_whole_is_used() -> None:
     cluster = cluster_of(1, 1, 1, replicas=2)
     seconds(cluster, 60)
     assert shape(cluster) == {"m-0": "tp2", "m-1": "tp1"}
+
+
+def test_a_rank_that_restarts_finds_its_peer_free() -> None:
+    cluster = cluster_of(2, replicas=2)
+    seconds(cluster, 60)
+    cluster.rank_exits(cluster.workers[NodeId("w1")], "cpu:0")
+    cluster.settle()
+    assert shape(cluster) == {"m-0": "tp2", "m-1": "HELD"}, "the other one did not shrink onto it meanwhile"
+
+
+def test_a_node_whose_ranks_come_up_one_after_the_other_is_awaited() -> None:
+    cluster = cluster_of(2)
+    die(cluster, "w1")
+    seconds(cluster, 60)
+    worker = cluster.add_worker("w1", 2)
+    starting = tuple(
+        RankInfo(device=device, pid=200, phase=RankPhase.STARTING, replica=ReplicaId(""), epoch=Epoch(0), rank=0)
+        for device in worker.devices
+    )
+    worker.down.extend(worker.devices)
+    cluster.register(worker)
+    cluster.hello(worker)
+    cluster.say(worker, WorkerSnapshot(ranks=starting))
+    cluster.settle()
+    assert shape(cluster) == {"m-0": "tp2"}
 
 
 def test_a_shrunk_replica_is_not_outdated() -> None:
