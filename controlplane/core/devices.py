@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from controlplane.core.entities import LeaderPhase, Node, Replica
 from controlplane.core.state import ClusterState
@@ -48,10 +49,10 @@ def _roomy(state: ClusterState) -> list[NodeId]:
     return list(state.places.roomy)
 
 
-def with_own(state: ClusterState, nodes: Sequence[FreeNode], replica: Replica) -> list[FreeNode]:
-    """The same nodes, as if `replica` had given its devices back."""
+def with_own(state: ClusterState, nodes: Sequence[FreeNode], replicas: Iterable[Replica]) -> list[FreeNode]:
+    """The same nodes, as if `replicas` had given their devices back."""
     own: dict[NodeId, list[FreeDevice]] = defaultdict(list)
-    for member in replica.members:
+    for member in chain.from_iterable(replica.members for replica in replicas):
         own[member.node].append(_free_device(state.nodes[member.node], member.device))
     return [replace(node, free=(*node.free, *own[node.node])) if node.node in own else node for node in nodes]
 
