@@ -51,9 +51,12 @@ def _roomy(state: ClusterState) -> list[NodeId]:
 
 def with_own(state: ClusterState, nodes: Sequence[FreeNode], replicas: Iterable[Replica]) -> list[FreeNode]:
     """The same nodes, as if `replicas` had given their devices back."""
+    given = {node.node for node in nodes}
     own: dict[NodeId, list[FreeDevice]] = defaultdict(list)
     for member in chain.from_iterable(replica.members for replica in replicas):
-        own[member.node].append(_free_device(state.nodes[member.node], member.device))
+        # One that was read from etcd may have been on a node that this leader never saw.
+        if member.node in given:
+            own[member.node].append(_free_device(state.nodes[member.node], member.device))
     return [replace(node, free=(*node.free, *own[node.node])) if node.node in own else node for node in nodes]
 
 
