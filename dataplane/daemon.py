@@ -179,12 +179,15 @@ class WorkerShell:
     async def end(self) -> None:
         """Streams first, then the session, the lease, and the listener last: a refused connection proves a death."""
         reason = Reason(kind=ReasonKind.DRAINING, text="the worker leaves", node=self._config.node)
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._gateways.leave(reason)
-        await self._coordinator.end()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+            await self._gateways.leave(reason)
+            await self._coordinator.end()
+        finally:
+            # Also where the leave itself is cut short: nobody else ends them.
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._pool is not None:
             self._pool.stop()
         if self._lease is not None:

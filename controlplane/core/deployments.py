@@ -9,9 +9,8 @@ from dataclasses import replace
 from itertools import count, islice
 
 from controlplane.core import spares
-from controlplane.core.degrees import named
 from controlplane.core.devices import free_nodes, may_place
-from controlplane.core.elastic import choices, is_shrunk, may_grow
+from controlplane.core.elastic import choices, full_place, grow_reason, is_shrunk, may_shrink, outgrown, serving
 from controlplane.core.entities import Deployment, Replica
 from controlplane.core.groups import place
 from controlplane.core.placement import plan
@@ -84,7 +83,7 @@ def _target(state: ClusterState, deployment: Deployment) -> int:
     placed = [replica for replica in own if replica.holds_devices]
     leaving = any(_leaves(state, deployment, replica) for replica in placed) and len(placed) == desired
     undisturbed = not any(replica.retiring for replica in deployment.replicas.values())
-    return desired + (leaving and undisturbed and may_place(state) and _fits(state, deployment))
+    return desired + (leaving and undisturbed and may_place(state) and bool(full_place(state, deployment)))
 
 
 def _let_stand_in_stay(state: ClusterState, deployment: Deployment) -> None:
@@ -107,7 +106,8 @@ def _is_settled(state: ClusterState, deployment: Deployment, replica: Replica) -
 def _leaves(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
     """It serves, but is to be replaced, or drains to have its place back later."""
     if replica.phase is ReplicaPhase.READY:
-        return _is_outdated(deployment, replica) or _is_outgrown(state, deployment, replica)
+        shrunk = is_shrunk(deployment.record, replica)
+        return (shrunk and replica in _outgrown(state, deployment)) or _is_outdated(deployment, replica)
     return replica.phase is ReplicaPhase.DRAINING and not replica.retiring
 
 
@@ -115,21 +115,13 @@ def _is_outdated(deployment: Deployment, replica: Replica) -> bool:
     return replica.spec != deployment.record.spec and not is_shrunk(deployment.record, replica)
 
 
-def _is_outgrown(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
-    """It is shrunk, and its full size has a place, or has one already in the replica that stands in for it."""
-    if not is_shrunk(deployment.record, replica):
-        return False
+def _outgrown(state: ClusterState, deployment: Deployment) -> list[Replica]:
+    """Shrunk replicas to end next, so that one gets its full size: one after the other where the one that stands in for
+    them has it already."""
     stand_in = _stand_in(deployment)
-    if stand_in is not None and stand_in.holds_devices and stand_in.spec == deployment.record.spec:
-        return True
-    return may_grow(state, deployment, replica)
-
-
-def _fits(state: ClusterState, deployment: Deployment) -> bool:
-    """One more replica would have a place."""
-    name, degrees = deployment.record.deployment, deployment.record.spec.degrees
-    more = Wanted(replica=ReplicaId(name), deployment=name, degrees=degrees)
-    return bool(plan([more], free_nodes(state), state.places.siblings)[more.replica].members)
+    if stand_in is None or not stand_in.holds_devices or stand_in.spec != deployment.record.spec:
+        return outgrown(state, deployment)
+    return serving(deployment)[:1]
 
 
 def _add_missing(state: ClusterState, deployment: Deployment) -> None:
@@ -182,44 +174,50 @@ def _roll(state: ClusterState, deployment: Deployment) -> bool:
 
 
 def _grow(state: ClusterState, deployment: Deployment) -> None:
-    """End one replica that outgrew its place, so that it gets its full size; its requests move. Only while nobody else
-    is on his way: one that has no place at all waits for nothing that this would take."""
-    replicas, stand_in = deployment.replicas.values(), _stand_in(deployment)
-    outgrown = [
-        replica
-        for replica in replicas
-        if replica.phase is ReplicaPhase.READY and not replica.retiring and _is_outgrown(state, deployment, replica)
-    ]
-    if not outgrown:
+    """End the replica that outgrew its place, or those whose places make a full one, so that it gets its full size;
+    their requests move. Only while nobody else is on his way: one that has no place at all waits for nothing that this
+    would take."""
+    growing, stand_in = _outgrown(state, deployment), _stand_in(deployment)
+    if not growing or _is_one_moving(state):
         return
     steady = all(
         replica.phase is ReplicaPhase.READY
         or _is_hopeless(state, deployment, replica)
         or not (replica is stand_in or replica.holds_devices or replica.retiring)
-        for replica in replicas
+        for replica in deployment.replicas.values()
     )
     if steady:
-        full = named(deployment.record.spec.degrees)
-        reason = Reason(kind=ReasonKind.REPLACED, text=f"grows back to {full}: its devices have been there for a while")
-        start_drain(state, min(outgrown, key=lambda replica: replica.index), reason, left_s=0.0)
+        reason = grow_reason(deployment.record, growing)
+        for replica in growing:
+            start_drain(state, replica, reason, left_s=0.0)
+
+
+def _is_one_moving(state: ClusterState) -> bool:
+    """Somebody, of whatever deployment, ends in order, or has ended and was not looked at since: what is free, or is
+    about to be, may be his next place."""
+    closed = (one for one in state.places.homeless.values() if one.phase is ReplicaPhase.CLOSED and not one.retiring)
+    drains = (one.drain for one in state.places.draining.values() if one.drain is not None)
+    return any(closed) or any(drain.reason.kind is ReasonKind.REPLACED for drain in drains)
 
 
 def _is_hopeless(state: ClusterState, deployment: Deployment, replica: Replica) -> bool:
     """Nobody need wait for it: it is one more than desired, and there is no place for it."""
     extra = replica is _stand_in(deployment)
-    return extra and replica.phase is ReplicaPhase.HELD and not _fits(state, deployment)
+    return extra and replica.phase is ReplicaPhase.HELD and not full_place(state, deployment)
 
 
 def _place_homeless(state: ClusterState) -> None:
     waiting = list(filter(_wants_place, state.places.homeless.values()))
     if not waiting:
         return
-    served = {name: _has_place(state.deployments[name]) for name in {replica.deployment for replica in waiting}}
+    whose = {replica.deployment: state.deployments[replica.deployment] for replica in waiting}
+    served = {name: _has_place(deployment) for name, deployment in whose.items()}
+    shrinking = {name: may_shrink(state, deployment) for name, deployment in whose.items()}
     homeless = {
         replica.replica: (state.deployments[replica.deployment], replica)
         for replica in sorted(waiting, key=lambda one: (served[one.deployment], one.deployment, one.index))
     }
-    wanted = [_wanted(state, deployment, replica) for deployment, replica in homeless.values()]
+    wanted = [_wanted(state, *one, shrinks=shrinking[one[0].record.deployment]) for one in homeless.values()]
     nodes = free_nodes(state, also=[member.node for replica in waiting for member in replica.members])
     for name, made in plan(wanted, nodes, state.places.siblings).items():
         deployment, replica = homeless[name]
@@ -234,13 +232,14 @@ def _has_place(deployment: Deployment) -> bool:
     return any(replica.holds_devices for replica in deployment.replicas.values())
 
 
-def _wanted(state: ClusterState, deployment: Deployment, replica: Replica) -> Wanted:
+def _wanted(state: ClusterState, deployment: Deployment, replica: Replica, *, shrinks: bool) -> Wanted:
+    degrees = deployment.record.spec.degrees
     return Wanted(
         replica=replica.replica,
         deployment=replica.deployment,
-        degrees=deployment.record.spec.degrees,
+        degrees=degrees,
         previous=replica.members,
-        smaller=choices(state, deployment, replica),
+        smaller=choices(state, replica, degrees) if shrinks else (),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from controlplane.core.entities import LeaderPhase, Node, Replica
 from controlplane.core.state import ClusterState
@@ -48,11 +49,14 @@ def _roomy(state: ClusterState) -> list[NodeId]:
     return list(state.places.roomy)
 
 
-def with_own(state: ClusterState, nodes: Sequence[FreeNode], replica: Replica) -> list[FreeNode]:
-    """The same nodes, as if `replica` had given its devices back."""
+def with_own(state: ClusterState, nodes: Sequence[FreeNode], replicas: Iterable[Replica]) -> list[FreeNode]:
+    """The same nodes, as if `replicas` had given their devices back."""
+    given = {node.node for node in nodes}
     own: dict[NodeId, list[FreeDevice]] = defaultdict(list)
-    for member in replica.members:
-        own[member.node].append(_free_device(state.nodes[member.node], member.device))
+    for member in chain.from_iterable(replica.members for replica in replicas):
+        # One that was read from etcd may have been on a node that this leader never saw.
+        if member.node in given:
+            own[member.node].append(_free_device(state.nodes[member.node], member.device))
     return [replace(node, free=(*node.free, *own[node.node])) if node.node in own else node for node in nodes]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import controlplane.core.adoption
 import controlplane.core.deployments
+import controlplane.core.elastic
 import controlplane.core.groups
 import controlplane.core.load
 import controlplane.core.membership
@@ -171,7 +172,11 @@ def request_in_etcd(patch: pytest.MonkeyPatch) -> None:
 
 
 def shrunk_for_ever(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core.deployments, "_is_outgrown", lambda state, deployment, replica: False)
+    patch.setattr(core.deployments, "_outgrown", lambda state, deployment: [])
+
+
+def parts_never_gathered(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core.elastic, "_are_worth_one", lambda state, deployment, several: False)
 
 
 def spare_free_twice(patch: pytest.MonkeyPatch) -> None:

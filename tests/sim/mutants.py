@@ -84,6 +84,14 @@ PAUSES = [
 """Too short for a lease, longer than a replica with work may stand still."""
 
 WITHOUT_NODES = [*(Fault(6.0, "lose_machine", name, lasts=9.0) for name in ("w1", "w2")), Fault(18.0, "break", "w3")]
+IN_PARTS = [
+    Fault(3.0, "scale", value=3.0),
+    Fault(8.0, "lose_machine", "w2", lasts=34.0),
+    Fault(34.0, "forks_fail", lasts=5.0),
+    Fault(34.2, "rank_crash", "w1/cpu:1"),
+    Fault(46.0, "break", "w2"),
+]
+"""Two replicas shrink onto a device each, since one of the two comes back late; then two more devices come."""
 LATE_TOKENS = [
     *(Fault(7.5 + 4 * turn, "slow", f"w{1 + turn % 2}", 0.3, 3.5) for turn in range(4)),
     *(Fault(8.0 + 4 * turn, "drain", f"w{1 + turn % 2}", lasts=2.0) for turn in range(4)),
@@ -101,6 +109,7 @@ UNPLUGGED = [
 SPARE = Shape(control_planes=2, workers=3, devices=1, replicas=1, spares=1)
 UNPLUGGED_SHAPE = Shape(control_planes=3, workers=3, devices=1, replicas=3)
 ELASTIC = Shape(control_planes=1, workers=3, devices=1, replicas=1, tensor=2, elastic=1)
+PARTS = Shape(control_planes=1, workers=2, devices=2, replicas=1, tensor=2, pipeline=2, elastic=1)
 
 MUTANTS = (
     # the leader
@@ -122,6 +131,7 @@ MUTANTS = (
     Mutant("term not raised", leader.term_not_raised, ("kill",)),
     Mutant("stale placement", leader.stale_placement, ("rank_crash", "scale", "leave"), PLAIN),
     Mutant("shrunk for ever", leader.shrunk_for_ever, WITHOUT_NODES, ELASTIC),
+    Mutant("parts are never gathered", leader.parts_never_gathered, IN_PARTS, PARTS),
     Mutant("a spare is free twice", leader.spare_free_twice, ("rank_crash", "scale"), SPARE),
     Mutant("a spare's answer is ignored", leader.spare_answers_ignored, (), SPARE),
     Mutant("a lost node is taken for dead", leader.lost_is_dead, UNPLUGGED, UNPLUGGED_SHAPE, seeds=2),

@@ -9,6 +9,8 @@ from tools.sim.shells.run import Outcome, run_seed
 
 FULL_MAILBOX = 18
 """A leader is told to go while its mailbox is full."""
+KILLED_IN_LEAVING = 788871807
+"""A worker is killed while it waits for its last frames to leave."""
 LINES_SHOWN = 60
 SEEDS_MAX = 12
 """Seeds that each mutant is given."""
@@ -24,6 +26,10 @@ def expect_well(outcome: Outcome) -> None:
 
 def test_a_leader_leaves_though_its_mailbox_is_full() -> None:
     expect_well(run_seed(FULL_MAILBOX, PATIENCE_S))
+
+
+def test_nothing_is_left_of_a_worker_that_was_killed_while_it_left() -> None:
+    expect_well(run_seed(KILLED_IN_LEAVING))
 
 
 def test_a_seed_replays_to_the_byte() -> None:
