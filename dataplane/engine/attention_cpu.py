@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dataplane.engine.attention import Score
@@ -18,6 +19,10 @@ from dataplane.engine.kv_cache import KVCache
 from dataplane.engine.tiles import TILE_TOKENS, Layout, TileGroup, cut
 from dataplane.models.recognise import TURNS, turn_halves
 from dataplane.progress import ProgressPage
+
+REGISTER_FEATURES = 32
+"""Of half precision, that a row of a tile register (AMX) holds. Where a head's features do not fill the last one, the
+flash kernel's sums turn on the number of query rows; zeros fill it."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -98,16 +103,21 @@ def rows_multiple(key_dim: int, value_dim: int, dtype: torch.dtype, capped: bool
     wide take other kernels on some processors. The flash kernel cuts rows into blocks of 32, 64 or 256, so what is
     left over matters, too.
     """
+    if capped or key_dim != value_dim:
+        # What the flash kernel does not know is computed in it.
+        dtype = torch.float32
     draw = torch.Generator().manual_seed(7)
+    # In single precision another order shows at once; where results are rounded to half, one in thousands differs.
+    tiles = 2 if dtype == torch.float32 else 32
     q, k, v = (
-        torch.randn(1, 1, count, dim, generator=draw).to(dtype)
+        torch.randn(tiles, 1, count, dim, generator=draw).to(dtype)
         for count, dim in ((_PROBED_ROWS, key_dim), (TILE_TOKENS, key_dim), (TILE_TOKENS, value_dim))
     )
-    mask = torch.zeros(1, 1, 1, TILE_TOKENS, dtype=dtype)
+    mask = torch.zeros(tiles, 1, 1, TILE_TOKENS, dtype=dtype)
     score = Score(key_dim**-0.5, softcap=30.0 if capped else None)
     whole, _ = _of_tiles(q, k, v, mask, score)
     for multiple in _MULTIPLES:
-        counts = (multiple, 2 * multiple, 3 * multiple, 32 + multiple, 192 + multiple, _PROBED_ROWS - 256 + multiple)
+        counts = (multiple, 2 * multiple, 3 * multiple, 32 + multiple, 192 + multiple, 768 + multiple)
         if all(torch.equal(_of_tiles(q[:, :, :n], k, v, mask, score)[0], whole[:, :, :n]) for n in counts):
             return multiple
     return _MULTIPLES[-1]
@@ -136,7 +146,7 @@ def fold(q: Tensor, kv_heads: int, queries: int, multiple: int) -> Tensor:
     q = q.reshape(rows // queries, queries, kv_heads, group, dim).transpose(1, 2)
     q = q.reshape(rows // queries, kv_heads, queries * group, dim)
     lacking = -q.shape[2] % multiple
-    return torch.nn.functional.pad(q, (0, 0, 0, lacking)) if lacking else q
+    return F.pad(q, (0, 0, 0, lacking)) if lacking else q
 
 
 def unfold(out: Tensor, heads: int, queries: int) -> Tensor:
@@ -168,9 +178,14 @@ def attend_tiles(q_BKRD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, group: TileGrou
 
 def _of_tiles(q_NKRD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, mask: Tensor, score: Score) -> tuple[Tensor, Tensor]:
     """Each tile's result, and the logarithm of its sum of weights."""
-    if score.softcap is None and k_NKLD.shape[3] == v_NKLD.shape[3]:
-        return _flash(q_NKRD, k_NKLD, v_NKLD, 0.0, False, attn_mask=mask, scale=score.scaling)
-    return _explicit(q_NKRD, k_NKLD, v_NKLD, mask, score)
+    dim = v_NKLD.shape[3]
+    if score.softcap is not None or k_NKLD.shape[3] != dim:
+        return _explicit(q_NKRD, k_NKLD, v_NKLD, mask, score)
+    lacking = -dim % REGISTER_FEATURES if q_NKRD.dtype != torch.float32 else 0
+    if lacking:
+        q_NKRD, k_NKLD, v_NKLD = (F.pad(side, (0, lacking)) for side in (q_NKRD, k_NKLD, v_NKLD))
+    out, log_sum = _flash(q_NKRD, k_NKLD, v_NKLD, 0.0, False, attn_mask=mask, scale=score.scaling)
+    return out[..., :dim], log_sum
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, score: Score) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,8 @@ SHAPES = {
     "wide heads": Shape(1, 4, 256, 256),
     "wide heads, soft-cap": Shape(1, 3, 256, 256, softcap=2.0),
     "wide keys": Shape(2, 1, 192, 128),
+    "very wide heads": Shape(1, 1, 512, 512),
+    "features that fill no register": Shape(2, 2, 80, 80),
 }
 
 
