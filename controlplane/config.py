@@ -116,7 +116,7 @@ class ModelSection(Section):
     max_model_tokens: Annotated[int, Field(ge=0)] = 0
     # 0: sized by mem_fraction_static.
     kv_cache_tokens: Annotated[int, Field(ge=0)] = 0
-    # A CPU rank's share of the cores; 0: the node's cores divided by its ranks.
+    # A CPU rank's share of the cores; 0: the host's cores divided by the ranks of all its nodes.
     cpu_threads: Annotated[int, Field(ge=0)] = 0
     enable_prefix_cache: bool = True
     # Prepare the next step while one runs; auto: on GPUs.

@@ -18,6 +18,7 @@ from controlplane.runtime.messages.common import Reason, ReasonKind
 from controlplane.runtime.telemetry import configure_logging
 from dataplane.config import WorkerConfig, WorkerFlags, resolve
 from dataplane.daemon import WorkerDaemon
+from dataplane.devices import CPU_RANKS
 from dataplane.rank_pool import PoolSettings
 from dataplane.zygote_link import ZygoteLost
 
@@ -70,7 +71,9 @@ def worker_command(
     except PerdureError as error:
         _refuse(str(error))
     configure_logging(json_lines=log_format == "json", process="worker", node=settings.node)
-    raise typer.Exit(run_worker(settings, PoolSettings(node=settings.node, log_dir=settings.log_dir)))
+    environment = {CPU_RANKS: str(settings.cpu_ranks)}
+    pool = PoolSettings(node=settings.node, log_dir=settings.log_dir, environment=environment)
+    raise typer.Exit(run_worker(settings, pool))
 
 
 def run_worker(config: WorkerConfig, pool: PoolSettings) -> int:

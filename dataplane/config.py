@@ -54,6 +54,8 @@ class WorkerConfig:
     # 0: a free one.
     port: int
     devices: tuple[str, ...]
+    # Devices of the CPU on this host, those of its other nodes in the file too: so many ranks share its cores.
+    cpu_ranks: int = 0
     # Logs of ranks and zygote go below it.
     state_dir: Path
     metrics_port: int | None = None
@@ -80,6 +82,11 @@ class _File:
         known = ", ".join(_node_name(nodes, index) for index in range(len(nodes)))
         raise invalid(f"--node {name!r} is not in {self.path}, which has {known or 'no nodes'}")
 
+    def beside(self, name: str) -> list[dict[str, Any]]:
+        """The other nodes on the host of the node of that name."""
+        own = self.node(name)
+        return [node for node in self.cluster.get("nodes") or () if own and node != own and _host(node) == _host(own)]
+
     def etcd(self) -> dict[str, Any]:
         return _mapping(self.cluster.get("etcd"), f"{self.path}: cluster.etcd")
 
@@ -91,13 +98,16 @@ def resolve(flags: WorkerFlags) -> WorkerConfig:
     file = _read(flags.config)
     node = file.node(flags.node)
     ports = node.get("ports") or [0]
+    devices = parse_devices(flags.devices or ",".join(map(_device, node.get("devices") or ["auto"])))
+    neighbours = [_device(value) for other in file.beside(flags.node) for value in other.get("devices") or ()]
     config = WorkerConfig(
         node=NodeId(flags.node),
         keys=Keys(flags.cluster or str(file.cluster.get("name") or DEFAULT_CLUSTER)),
         etcd=_etcd(flags, file.etcd()),
         host=flags.host or str(node.get("host") or DEFAULT_HOST),
         port=_port("--port", flags.port if flags.port is not None else ports[0]),
-        devices=parse_devices(flags.devices or ",".join(map(_device, node.get("devices") or ["auto"]))),
+        devices=devices,
+        cpu_ranks=sum(device.startswith("cpu:") for device in (*devices, *neighbours)),
         state_dir=flags.state_dir or DEFAULT_STATE_DIR,
         metrics_port=None if flags.metrics_port is None else _port("--metrics-port", flags.metrics_port),
     )
@@ -186,6 +196,10 @@ def _node_name(nodes: list[dict[str, Any]], index: int) -> str:
     host = str(hosts[index])
     default = host if hosts.count(host) == 1 else f"{host}-{hosts[:index].count(host)}"
     return str(nodes[index].get("name") or default)
+
+
+def _host(node: dict[str, Any]) -> str:
+    return str(node.get("host") or DEFAULT_HOST)
 
 
 def _device(value: object) -> str:

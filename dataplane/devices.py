@@ -12,6 +12,9 @@ from controlplane.runtime.errors import invalid
 from controlplane.runtime.ids import ClusterId, NodeId
 from controlplane.runtime.messages.common import Device
 
+CPU_RANKS = "PERDURE_CPU_RANKS"
+"""Variable in a rank's environment: how many ranks share this host's cores, those of its other daemons too."""
+
 _NAME = re.compile(r"(cpu|cuda):(\d+)")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 

@@ -22,6 +22,7 @@ from controlplane.runtime.ids import DeploymentId, Epoch
 from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaSpec
 from controlplane.runtime.messages.weights import HeldWeights, WeightSource
 from controlplane.runtime.telemetry import configure_logging
+from dataplane.devices import CPU_RANKS
 from dataplane.engine.engine import Engine
 from dataplane.engine.follower import Follower
 from dataplane.engine.holding import Held, Holding, Interrupted
@@ -188,7 +189,7 @@ class Rank:
 
     def _prepare(self) -> None:
         prepared = self._expect_prepared()
-        self._use_device(_threads(prepared))
+        self._use_device(cpu_threads(prepared))
         address = ""
         if len(prepared.members) > 1 and prepared.rank == 0:
             self._rendezvous = Rendezvous.listen(prepared.members[0].host)
@@ -334,13 +335,13 @@ def rank_main(socket_path: str, device: str, page_path: str) -> None:
         link.close()
 
 
-def _threads(prepared: Prepare) -> int:
-    """This rank's share of the cores."""
+def cpu_threads(prepared: Prepare) -> int:
+    """This rank's share of the cores: as much as every other rank on the host may take."""
     if prepared.spec.cpu_threads:
         return prepared.spec.cpu_threads
     node = prepared.members[prepared.rank].node
     ranks = sum(member.node == node for member in prepared.members)
-    return max(len(os.sched_getaffinity(0)) // ranks, 1)
+    return max(len(os.sched_getaffinity(0)) // max(ranks, int(os.environ.get(CPU_RANKS, 0))), 1)
 
 
 def _formation(prepared: Prepare, device: torch.device) -> Formation:

@@ -181,7 +181,7 @@ class ReplicaSpec:
     max_model_tokens: int = 0
     # 0: sized by mem_fraction_static.
     kv_cache_tokens: int = 0
-    # A CPU rank's share of the cores; 0: the node's cores divided by its ranks.
+    # A CPU rank's share of the cores; 0: the host's cores divided by the ranks of all its nodes.
     cpu_threads: int = 0
     enable_prefix_cache: bool = True
     # Whether the next step is prepared while one runs: "auto" (on GPUs), "on" or "off".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,19 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.runtime.ids import DeploymentId, Epoch
-from controlplane.runtime.messages.common import ReasonKind, ReplicaSpec, Sampling
+from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId
+from controlplane.runtime.messages.common import Member, ReasonKind, ReplicaSpec, Sampling
 from controlplane.runtime.messages.serve import FinishReason
 from controlplane.runtime.packing import unpack_u32
+from dataplane.devices import CPU_RANKS
 from dataplane.frames import (
     Cancel,
     Failed,
     Load,
     Loaded,
     LoadReport,
+    Prepare,
     StepBegun,
     StepDone,
 )
+from dataplane.rank import cpu_threads
 from tests.support.models import tiny_model
 from tests.support.rank_daemon import PROMPT, Daemon
 from tests.unit.dataplane.engine.reference import greedy
@@ -152,6 +156,22 @@ def test_step_out_of_memory_is_told_and_survived(process: Daemon, tmp_path: Path
     tokens, _ = process.finish(process.submit(Sampling(temperature=0, max_tokens=3, ignore_eos=True)))
     assert len(tokens) == 3
     process.leave()
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_host", "ranks", "threads"),
+    [(0, "", 2, 4), (0, "4", 1, 2), (0, "1", 2, 4), (0, "16", 1, 1), (3, "4", 1, 3)],
+)
+def test_cores_are_shared_by_all_ranks_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, asked: int, on_host: str, ranks: int, threads: int
+) -> None:
+    """Threads beyond the cores wait for each other in every operation: ten times slower, where two replicas did."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    if on_host:
+        monkeypatch.setenv(CPU_RANKS, on_host)
+    members = tuple(Member(rank=rank, node=NodeId("n"), device=f"cpu:{rank}", host="h") for rank in range(ranks))
+    spec = ReplicaSpec(deployment=DeploymentId("d"), model_path="m", cpu_threads=asked)
+    assert cpu_threads(Prepare(ReplicaId("r"), Epoch(1), 0, members, "nonce", spec, 1000)) == threads
 
 
 def replace_epoch(loaded: Loaded, epoch: Epoch) -> Loaded:

@@ -57,6 +57,16 @@ def test_the_file_gives_a_node_its_place(tmp_path: Path, file: Path) -> None:
     assert config.keys.cluster_name == "prod"
 
 
+def test_cores_are_shared_with_the_other_nodes_of_the_host(tmp_path: Path, file: Path) -> None:
+    assert resolve(flags(tmp_path, devices="cpu:0,cpu:1")).cpu_ranks == 2
+    assert resolve(WorkerFlags(node="h1", config=file, state_dir=tmp_path)).cpu_ranks == 2
+    third = '    - {host: h1, devices: ["cpu:0", "cpu:1", "cpu:2"]}\n    - {host: h1, name: gpu, devices: [0]}\n'
+    file.write_text(file.read_text() + third)
+    assert resolve(WorkerFlags(node="h1-0", config=file, state_dir=tmp_path)).cpu_ranks == 5
+    assert resolve(WorkerFlags(node="h1-1", config=file, state_dir=tmp_path)).cpu_ranks == 5
+    assert resolve(WorkerFlags(node="second", config=file, state_dir=tmp_path)).cpu_ranks == 1
+
+
 def test_flags_win_over_the_file(tmp_path: Path, file: Path) -> None:
     config = resolve(flags(tmp_path, node="second", config=file, host="0.0.0.0", port=9, cluster="other"))
     assert (config.host, config.port, config.keys.cluster_name) == ("0.0.0.0", 9, "other")
