@@ -171,8 +171,11 @@ class ClusterConfig(Section):
 
     @classmethod
     def load_all(cls, path: str | Path) -> list[ClusterConfig]:
-        """One configuration for each document of a YAML file, each with a deployment of its own. Raises ConfigError."""
-        sources = Source.read_all(Path(path), {})
+        """One configuration for each document of a YAML file, each with a deployment of its own; one that says nothing
+        describes none. Raises ConfigError."""
+        sources = [source for source in Source.read_all(Path(path), {}) if source.data]
+        if not sources:
+            raise ConfigError([Problem(str(path), "", "describes no deployment")])
         configs = [_validate(source) for source in sources]
         problems = [
             source.problem(loc, f"{name(config)!r} stands in another document, too")

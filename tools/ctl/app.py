@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from protos.perdure.v1 import admin_pb2
 from tools.ctl import tables, views
 from tools.ctl.client import CALL_TIMEOUT_S, CtlError, admin, find_addresses
 from tools.ctl.rollout import Restart, restart
+from tools.up.display import display_for_stderr
+from tools.up.prepare import ModelMissing, prepare_model
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -127,13 +130,28 @@ def apply(
     """Make the deployments that a file describes the desired state, one for each of its documents (parted by ---)."""
     codec = Codec(DeploymentRecord, admin_pb2.DeploymentSpec)
     with _one_line_errors():
-        for config in ClusterConfig.load_all(file):
-            deployment = config.deployment()
+        for deployment in [_with_folder(config).deployment() for config in ClusterConfig.load_all(file)]:
             request = admin_pb2.ApplyRequest(deployment=codec.to_proto(deployment))
             with admin(find_addresses(address)) as stub:
                 created = stub.Apply(request, timeout=CALL_TIMEOUT_S).created
             row = {"deployment": deployment.deployment, "created": created}
             _print(row, json, lambda row: f"{row['deployment']}: {'created' if row['created'] else 'changed'}")
+
+
+def _with_folder(config: ClusterConfig) -> ClusterConfig:
+    """The configuration with its model's folder, found or made as `perdure up` does: gateways read the tokenizer there,
+    and know neither names nor this command's working directory. A path of other hosts is taken as it is."""
+    path = Path(config.model.path)
+    if path.is_absolute() and path.suffix != ".gguf":
+        return config
+    display = display_for_stderr()
+    try:
+        folder = asyncio.run(prepare_model(config.model.path, display))
+    except ModelMissing as error:
+        raise CtlError(str(error)) from error
+    finally:
+        display.close()
+    return config.with_model(folder, config.model_name)
 
 
 @app.command()

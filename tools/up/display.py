@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -69,7 +69,9 @@ class BarDisplay:
 class PlainDisplay:
     """For files and pipes."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: TextIO | None = None) -> None:
+        # None: standard output.
+        self._file = file
         self._shown: dict[str, tuple[int, str]] = {}
 
     def bar(self, title: str, fraction: float, note: str = "") -> None:
@@ -81,7 +83,7 @@ class PlainDisplay:
     def line(self, text: str) -> None:
         # Whoever read our lines may be gone; the cluster is not for that.
         with suppress(BrokenPipeError):
-            print(text, flush=True)
+            print(text, file=self._file, flush=True)
 
     def close(self) -> None:
         self._shown.clear()
@@ -91,3 +93,9 @@ def display_for_stdout() -> Display:
     """Bars if standard output is a terminal, else lines."""
     console = Console()
     return BarDisplay(console) if console.is_terminal and sys.stdout.isatty() else PlainDisplay()
+
+
+def display_for_stderr() -> Display:
+    """The same on standard error, for a command whose output is its answer."""
+    console = Console(stderr=True)
+    return BarDisplay(console) if console.is_terminal and sys.stderr.isatty() else PlainDisplay(sys.stderr)

@@ -115,6 +115,15 @@ def test_a_file_may_hold_several_deployments(tmp_path: Path) -> None:
     assert [record.spec.degrees.tensor for record in records] == [2, 1]
 
 
+def test_documents_without_content_describe_no_deployment(tmp_path: Path) -> None:
+    """As `kubectl apply` sees it; the defaults' model in place of the one that is served is nobody's wish."""
+    records = [config.deployment() for config in ClusterConfig.load_all(write(tmp_path, f"---\n# two\n{TWO}---\n"))]
+    assert [record.deployment for record in records] == ["large", "small"]
+    for nothing in ("", "# to be written\n", "---\n---\n", "{}"):
+        with pytest.raises(ConfigError, match="describes no deployment"):
+            ClusterConfig.load_all(write(tmp_path, nothing))
+
+
 def test_where_one_is_wanted_several_are_refused(tmp_path: Path) -> None:
     assert problems(tmp_path, TWO) == [
         "cluster.yaml: holds 2 documents, one is wanted; `perdure ctl apply` takes several"
