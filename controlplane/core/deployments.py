@@ -15,6 +15,7 @@ from controlplane.core.entities import Deployment, Replica
 from controlplane.core.groups import place
 from controlplane.core.placement import plan
 from controlplane.core.recovery import bury, retire, settle_drains, start_drain
+from controlplane.core.scheduler import model_of
 from controlplane.core.state import ClusterState
 from controlplane.core.stock import Wanted
 from controlplane.runtime.ids import Epoch, ReplicaId
@@ -169,7 +170,10 @@ def _roll(state: ClusterState, deployment: Deployment) -> bool:
         for replica in deployment.replicas.values()
     )
     if steady:
-        start_drain(state, min(outdated, key=lambda replica: replica.index), reason, left_s=0.0)
+        first = min(outdated, key=lambda replica: replica.index)
+        # Another model cannot go on with its requests, so they are given time to end.
+        others = model_of(first) != deployment.record.spec.model_path
+        start_drain(state, first, reason, left_s=state.timings.drain if others else 0.0)
     return True
 
 

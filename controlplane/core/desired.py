@@ -107,11 +107,19 @@ def change(state: ClusterState, name: DeploymentId, record: DeploymentRecord | N
     elif known.record != record or known.removed:
         if not same_model(known.record.spec, record.spec):
             weights.forget(state, name)
+        _keep_names(known, record)
         known.record, known.removed = record, False
         known.settled = False
         for replica in known.replicas.values():
             state.row_changed(replica)
         state.record("deployment_changed", details={"deployment": name, "replicas": str(record.replicas)})
+
+
+def _keep_names(deployment: Deployment, wanted: DeploymentRecord) -> None:
+    """What replicas of other models than the wanted one are called until they are replaced."""
+    names = deployment.names | {deployment.record.spec.model_path: deployment.record.model}
+    run = {replica.spec.model_path for replica in deployment.replicas.values() if replica.spec is not None}
+    deployment.names = {path: names[path] for path in run & set(names) - {wanted.spec.model_path}}
 
 
 def _remove(state: ClusterState, deployment: Deployment) -> None:

@@ -299,6 +299,8 @@ class Deployment:
     replicas: dict[int, Replica] = field(default_factory=dict[int, Replica])
     # It has the replicas it is to have, all of its spec; False: look again.
     settled: bool = False
+    # What the models are called that it asked for before, by path: replicas that still run them keep the name.
+    names: dict[str, str] = field(default_factory=dict[str, str])
     # What its spares were chosen from.
     covered: object = None
     queue: FairQueue = field(default_factory=FairQueue)

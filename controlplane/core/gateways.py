@@ -165,7 +165,9 @@ def row_of(state: ClusterState, replica: Replica) -> ReplicaRow:
     """The replica as gateways see it. One between two epochs is HELD: CLOSED would remove it from their table."""
     deployment = state.deployments.get(replica.deployment)
     driver = state.nodes.get(replica.members[0].node) if replica.members else None
-    spec = replica.spec or (deployment.record.spec if deployment else None)
+    wanted = deployment.record.spec if deployment else None
+    spec = (replica.spec if replica.holds_devices else wanted) or replica.spec or wanted
+    outdated = spec is not None and wanted is not None and spec.model_path != wanted.model_path
     gone = replica.replica not in state.replicas
     phase = ReplicaPhase.HELD if replica.phase is ReplicaPhase.CLOSED and not gone else replica.phase
     return ReplicaRow(
@@ -175,11 +177,14 @@ def row_of(state: ClusterState, replica: Replica) -> ReplicaRow:
         node=driver.node if driver else NodeId(""),
         serve_address=driver.serve_address if driver else "",
         deployment=replica.deployment,
-        capacity=replica.capacity,
+        capacity=replica.capacity
+        if replica.spec is None or spec is None or replica.spec.model_path == spec.model_path
+        else None,
         model_path=spec.model_path if spec else "",
-        model=deployment.record.model if deployment else "",
+        model=deployment.names.get(spec.model_path, deployment.record.model) if deployment and spec else "",
         numerics=spec.numerics if spec else "",
         max_retries=deployment.record.max_retries if deployment else 0,
+        outdated=outdated,
     )
 
 

@@ -11,9 +11,27 @@ from controlplane.runtime.messages.common import Reason, ReasonKind, ReplicaPhas
 from controlplane.runtime.messages.route import RouteEntry
 
 
+def runs(replica: Replica, entry: RouteEntry) -> bool:
+    """The replica runs the model that the request was made for."""
+    return not entry.model_path or replica.spec is None or replica.spec.model_path == entry.model_path
+
+
+def replaced(deployment: Deployment, entry: RouteEntry) -> Reason | None:
+    """Why no replica will ever go on with it: the deployment asks for another model, and none that takes requests runs
+    the former one. Tokens of two models are nobody's answer."""
+    wanted = deployment.record.spec.model_path
+    if entry.model_path in ("", wanted):
+        return None
+    replicas = deployment.replicas.values()
+    if any(runs(one, entry) and (one.phase is ReplicaPhase.READY or one.adopting) for one in replicas):
+        return None
+    text = f"{deployment.record.deployment} serves {wanted} now, in place of {entry.model_path}"
+    return Reason(kind=ReasonKind.REPLACED, text=text)
+
+
 def too_long(entry: RouteEntry, deployment: Deployment) -> Reason | None:
     """No replica will ever take it. A shrunk one proves nothing: what it has no room for waits until it grows back."""
-    replicas = deployment.replicas.values()
+    replicas = [replica for replica in deployment.replicas.values() if runs(replica, entry)]
     # Asked for every request: the first replica says yes, mostly.
     if any(replica.capacity is not None and fits(entry, replica.capacity) for replica in replicas):
         return None

@@ -14,7 +14,7 @@ from controlplane.core.degrees import ranks_of
 from controlplane.core.entities import FORMING_PHASES, GIVEN_UP, SERVING_PHASES, Deployment, Drain, Fault, Node, Replica
 from controlplane.core.load import Load
 from controlplane.core.messages import DeletePlacement, WritePlacement
-from controlplane.core.scheduler import has_room
+from controlplane.core.scheduler import has_room_for
 from controlplane.core.stall import Stall
 from controlplane.core.state import ClusterState
 from controlplane.runtime.ids import RequestId
@@ -174,7 +174,7 @@ def _move_some(state: ClusterState, replica: Replica, drain: Drain) -> None:
     longest way before them and the least behind them."""
     keep = ceil(drain.requests * drain.left_s / drain.window_s)
     excess = len(replica.load.outstanding) - keep
-    if excess <= 0 or not has_room(state, state.deployments[replica.deployment]):
+    if excess <= 0 or not has_room_for(state, replica):
         return
     youngest = sorted(replica.load.outstanding, key=lambda name: (state.requests[name].arrived, name), reverse=True)
     move = MoveRequests(

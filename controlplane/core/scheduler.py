@@ -139,7 +139,9 @@ def expire(state: ClusterState) -> None:
         hopeless = hopes.hopeless(deployment)
         for name in list(deployment.queue):
             request = state.requests[name]
-            if request.deadline is not None and state.now >= request.deadline:
+            if (gone := hopes.replaced(deployment, request.entry)) is not None:
+                _drop(state, request, RouteCode.DEPLOYMENT_FAILED, gone)
+            elif request.deadline is not None and state.now >= request.deadline:
                 reason = Reason(kind=ReasonKind.DEADLINE, text="no replica took it before its deadline")
                 _drop(state, request, RouteCode.DEADLINE, reason)
             elif hopeless is not None and state.now - request.arrived >= state.timings.node_return:
@@ -175,9 +177,17 @@ def dispatch(state: ClusterState, deployment: Deployment) -> None:
     queue.restore(stuck)
 
 
-def has_room(state: ClusterState, deployment: Deployment) -> bool:
-    """Some replica would take a request at once."""
-    return any(_room(state, replica) > 0 for replica in state.served_by(deployment))
+def has_room_for(state: ClusterState, leaving: Replica) -> bool:
+    """Some replica of the same model would take one of its requests at once."""
+    return any(
+        _room(state, replica) > 0 and model_of(replica) == model_of(leaving)
+        for replica in state.served_by(state.deployments[leaving.deployment])
+    )
+
+
+def model_of(replica: Replica) -> str:
+    """Path of the model that it runs."""
+    return replica.spec.model_path if replica.spec is not None else ""
 
 
 def _take_batch(state: ClusterState, deployment: Deployment) -> list[Ticket]:
@@ -229,12 +239,17 @@ def _costs(state: ClusterState, request: Request, replicas: Sequence[Replica], s
     excluded = set(entry.exclude)
     if excluded and _waited_out(state, request):
         ready = state.served_by(state.deployments[entry.deployment])
-        if all(_name(replica) in excluded for replica in ready):
+        if all(_name(replica) in excluded for replica in ready if hopes.runs(replica, entry)):
             excluded.clear()
 
     def may_run(replica: Replica) -> bool:
         barred = excluded and _name(replica) in excluded
-        return not barred and fits(entry, _capacity(replica)) and _takes(state, replica, entry)
+        return (
+            not barred
+            and hopes.runs(replica, entry)
+            and fits(entry, _capacity(replica))
+            and _takes(state, replica, entry)
+        )
 
     return [
         predicted_s(entry, replica.load, _capacity(replica), step_s) if may_run(replica) else inf
@@ -299,6 +314,8 @@ def _refusal(state: ClusterState, entry: RouteEntry) -> tuple[RouteCode, Reason,
     if entry.crashes >= CRASHES_MAX:
         text = f"it was in the unfinished step of {entry.crashes} engines that died"
         return RouteCode.POISON, Reason(kind=ReasonKind.POISON, text=text), 0.0
+    if (reason := hopes.replaced(deployment, entry)) is not None:
+        return RouteCode.DEPLOYMENT_FAILED, reason, 0.0
     if (reason := hopes.too_long(entry, deployment)) is not None:
         return RouteCode.TOO_LONG, reason, 0.0
     if (reason := hopes.failed(deployment)) is not None:

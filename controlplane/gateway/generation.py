@@ -164,6 +164,13 @@ class Generator:
         model = self._catalogue.find(name)
         return model, await self._catalogue.ready(model)
 
+    async def model_begun(
+        self, name: str, deployment: DeploymentId, model_path: str
+    ) -> tuple[ServedModel, ModelTokenizer]:
+        """The model with which a stream began. Raises ApiError."""
+        model = self._catalogue.begun(name, deployment, model_path)
+        return model, await self._catalogue.ready(model)
+
     async def completion_prompts(self, request: CompletionRequest, tokenizer: ModelTokenizer) -> list[Prompt]:
         """Raises ApiError, Retryable."""
         given = request.prompts()
@@ -261,6 +268,7 @@ class Generator:
             request=request,
             deployment=model.deployment,
             prompt=packed,
+            model_path=model.model_path,
             sampling=replace(asked.wanted.sampling, max_tokens=budget, seed=seeds[0]),
             seeds=seeds,
             priority=asked.priority,
@@ -283,6 +291,7 @@ def _render_blob(asked: Asked, place: int) -> bytes:
         places=len(asked.prompts),
         model=asked.model.name,
         deployment=asked.model.deployment,
+        model_path=asked.model.model_path,
         tenant=asked.tenant,
         n=asked.wanted.n,
         echo=asked.echo,

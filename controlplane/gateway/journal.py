@@ -134,6 +134,7 @@ class Journal:
             prefix_hashes=asked.prefix_hashes if hashes else (),
             exclude=self.exclude,
             crashes=len(self.crashes),
+            model_path=asked.model_path,
         )
 
     def info(self, now: float) -> JournalInfo:

@@ -48,7 +48,9 @@ def _candidates(state: GatewayState, journal: Journal) -> list[ReplicaRow]:
     rows = [
         row
         for row in state.ready_rows()
-        if row.deployment == journal.asked.deployment and _is_up(state, WorkerKey(row.serve_address))
+        if row.deployment == journal.asked.deployment
+        and journal.asked.model_path in ("", row.model_path)
+        and _is_up(state, WorkerKey(row.serve_address))
     ]
     fresh = [row for row in rows if _key(row) not in journal.exclude]
     return sorted(fresh or rows, key=lambda row: row.replica)

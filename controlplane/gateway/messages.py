@@ -57,6 +57,8 @@ class RequestAccepted:
     deployment: DeploymentId
     # Packed u32.
     prompt: bytes
+    # Whose tokens these are.
+    model_path: str = ""
     sampling: Sampling
     # One a choice, drawn or derived at the edge.
     seeds: tuple[int, ...]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import structlog
 from controlplane.gateway.api_errors import SERVER_ERROR, ApiError
 from controlplane.gateway.tokenizer import ModelTokenizer, TokenizerMissing, TokenizerPool
 from controlplane.runtime.ids import DeploymentId
-from controlplane.runtime.messages.common import Capacity
+from controlplane.runtime.messages.common import Capacity, ReplicaPhase
 from controlplane.runtime.messages.route import ReplicaRow
 
 BLOCK_TOKENS_DEFAULT = 16
@@ -66,18 +67,33 @@ class Catalogue:
         self.told = True
         for model in self._models.values():
             model.capacities.clear()
+        by_name: dict[str, list[ReplicaRow]] = {}
         for row in rows:
-            if not row.model:
-                # Its deployment was removed; the replica only ends.
-                continue
-            model = self._models.get(row.model)
-            if model is None or model.deployment != row.deployment or model.model_path != row.model_path:
-                model = ServedModel(row.model, row.deployment, row.model_path, row.numerics, wall_s)
-                self._models[row.model] = model
-                log.info("model_seen", model=row.model, deployment=row.deployment, model_path=row.model_path)
-                self._load(row.model_path)
-            if row.capacity is not None:
-                model.capacities[row.replica] = row.capacity
+            # Without a model's name its deployment was removed; the replica only ends.
+            if row.model:
+                by_name.setdefault(row.model, []).append(row)
+        for name, found in by_name.items():
+            self._see_model(name, found, wall_s)
+        # A deployment that is there under another name only has left its former one.
+        told = {row.deployment for found in by_name.values() for row in found}
+        self._models = {
+            name: model for name, model in self._models.items() if name in by_name or model.deployment not in told
+        }
+
+    def _see_model(self, name: str, rows: Sequence[ReplicaRow], wall_s: int) -> None:
+        """Take the replicas that serve under one name. While a deployment goes over from one model to another there are
+        two: new requests are for the one that more replicas serve."""
+        served = Counter(row.model_path for row in rows if row.phase is ReplicaPhase.READY)
+        row = max(rows, key=lambda row: (served[row.model_path], not row.outdated))
+        model = self._models.get(name)
+        if model is None or model.deployment != row.deployment or model.model_path != row.model_path:
+            model = ServedModel(row.model, row.deployment, row.model_path, row.numerics, wall_s)
+            self._models[row.model] = model
+            log.info("model_seen", model=row.model, deployment=row.deployment, model_path=row.model_path)
+            self._load(row.model_path)
+        for other in rows:
+            if other.capacity is not None and other.model_path == model.model_path:
+                model.capacities[other.replica] = other.capacity
 
     async def expect(self, model_paths: Iterable[str]) -> None:
         """Load the tokenizers of models that will be served soon; one that can't be is reported when it is used."""
@@ -106,6 +122,13 @@ class Catalogue:
         if name is None:
             raise ApiError(503, "no model is served now", kind=SERVER_ERROR, code="unavailable", retry_after_s=1)
         raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
+
+    def begun(self, name: str, deployment: DeploymentId, model_path: str) -> ServedModel:
+        """The model with which a stream began: the one of that name, unless another took its place. Raises ApiError."""
+        known = self._models.get(name)
+        if not model_path or (known is not None and known.model_path == model_path):
+            return self.find(name)
+        return ServedModel(name, deployment, model_path, numerics="", seen_wall_s=0)
 
     async def ready(self, model: ServedModel) -> ModelTokenizer:
         """Its tokenizer, waiting until it is loaded. Raises ApiError if it can't be."""

@@ -34,6 +34,8 @@ class RenderBlob(msgspec.Struct, frozen=True, kw_only=True):
     places: int
     model: str
     deployment: DeploymentId
+    # "": not told, by a gateway of before.
+    model_path: str = ""
     tenant: str = ""
     n: int
     echo: bool = False

@@ -47,7 +47,7 @@ class Resumer:
             if at.choices and len(at.choices) != first.places * first.n:
                 raise bad("last_event_id", f"the stream has {first.places * first.n} choices, not {len(at.choices)}")
             seen = [_seen(part, at) for part in parts]
-            model, tokenizer = await self._generator.model(first.model)
+            model, tokenizer = await self._generator.model_begun(first.model, first.deployment, first.model_path)
             asked = Asked(
                 model=model,
                 tokenizer=tokenizer,
@@ -99,6 +99,7 @@ class Resumer:
             request=part.found.request,
             deployment=blob.deployment,
             prompt=shadow.prompt,
+            model_path=blob.model_path,
             sampling=shadow.sampling,
             seeds=tuple(choice.seed for choice in shadow.choices),
             priority=shadow.permit.priority,

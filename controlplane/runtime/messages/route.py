@@ -126,6 +126,8 @@ class RouteEntry:
     exclude: tuple[ReplicaEpoch, ...] = ()
     # How often it was in a step that killed its engine.
     crashes: int = 0
+    # The model that its prompt was tokenised for: another one does not go on with it. Empty: any.
+    model_path: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +202,8 @@ class ReplicaRow:
     numerics: str
     # The deployment's: replays of one request before it fails.
     max_retries: int = 3
+    # Its deployment asks for another model by now.
+    outdated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -148,7 +148,7 @@ class ReplicaEpoch(_message.Message):
     def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RouteEntry(_message.Message):
-    __slots__ = ("request", "attempt", "deployment", "cause", "prompt_tokens", "delivered_tokens", "max_tokens", "n", "priority", "tenant", "waited_ms", "remaining_ms", "prefix_hashes", "exclude", "crashes")
+    __slots__ = ("request", "attempt", "deployment", "cause", "prompt_tokens", "delivered_tokens", "max_tokens", "n", "priority", "tenant", "waited_ms", "remaining_ms", "prefix_hashes", "exclude", "crashes", "model_path")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class RouteEntry(_message.Message):
     PREFIX_HASHES_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     CRASHES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     request: str
     attempt: int
     deployment: str
@@ -179,7 +180,8 @@ class RouteEntry(_message.Message):
     prefix_hashes: _containers.RepeatedScalarFieldContainer[int]
     exclude: _containers.RepeatedCompositeFieldContainer[ReplicaEpoch]
     crashes: int
-    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., deployment: _Optional[str] = ..., cause: _Optional[_Union[RouteCause, str]] = ..., prompt_tokens: _Optional[int] = ..., delivered_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., n: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., waited_ms: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., prefix_hashes: _Optional[_Iterable[int]] = ..., exclude: _Optional[_Iterable[_Union[ReplicaEpoch, _Mapping]]] = ..., crashes: _Optional[int] = ...) -> None: ...
+    model_path: str
+    def __init__(self, request: _Optional[str] = ..., attempt: _Optional[int] = ..., deployment: _Optional[str] = ..., cause: _Optional[_Union[RouteCause, str]] = ..., prompt_tokens: _Optional[int] = ..., delivered_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., n: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., waited_ms: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., prefix_hashes: _Optional[_Iterable[int]] = ..., exclude: _Optional[_Iterable[_Union[ReplicaEpoch, _Mapping]]] = ..., crashes: _Optional[int] = ..., model_path: _Optional[str] = ...) -> None: ...
 
 class RouteBatch(_message.Message):
     __slots__ = ("entries",)
@@ -272,7 +274,7 @@ class LeaderHeartbeat(_message.Message):
     def __init__(self, frozen: _Optional[bool] = ..., workers_unheard: _Optional[bool] = ...) -> None: ...
 
 class ReplicaRow(_message.Message):
-    __slots__ = ("replica", "epoch", "phase", "node", "serve_address", "deployment", "capacity", "model_path", "model", "numerics", "max_retries")
+    __slots__ = ("replica", "epoch", "phase", "node", "serve_address", "deployment", "capacity", "model_path", "model", "numerics", "max_retries", "outdated")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +286,7 @@ class ReplicaRow(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     MAX_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    OUTDATED_FIELD_NUMBER: _ClassVar[int]
     replica: str
     epoch: int
     phase: _common_pb2.ReplicaPhase
@@ -295,7 +298,8 @@ class ReplicaRow(_message.Message):
     model: str
     numerics: str
     max_retries: int
-    def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.ReplicaPhase, str]] = ..., node: _Optional[str] = ..., serve_address: _Optional[str] = ..., deployment: _Optional[str] = ..., capacity: _Optional[_Union[_common_pb2.Capacity, _Mapping]] = ..., model_path: _Optional[str] = ..., model: _Optional[str] = ..., numerics: _Optional[str] = ..., max_retries: _Optional[int] = ...) -> None: ...
+    outdated: bool
+    def __init__(self, replica: _Optional[str] = ..., epoch: _Optional[int] = ..., phase: _Optional[_Union[_common_pb2.ReplicaPhase, str]] = ..., node: _Optional[str] = ..., serve_address: _Optional[str] = ..., deployment: _Optional[str] = ..., capacity: _Optional[_Union[_common_pb2.Capacity, _Mapping]] = ..., model_path: _Optional[str] = ..., model: _Optional[str] = ..., numerics: _Optional[str] = ..., max_retries: _Optional[int] = ..., outdated: _Optional[bool] = ...) -> None: ...
 
 class ReplicaTable(_message.Message):
     __slots__ = ("full", "rows", "workers")

@@ -366,7 +366,7 @@ def _entry(word: str, options: dict[str, str]) -> RouteEntry:
                 fields[key] = (ReplicaEpoch(replica=ReplicaId(replica), epoch=Epoch(int(epoch))),)
             case "prefix":
                 fields["prefix_hashes"] = tuple(int(one) for one in value.split(","))
-            case "tenant" | "deployment":
+            case "tenant" | "deployment" | "model_path":
                 fields[key] = value
             case _:
                 fields[key] = int(value)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from controlplane.core.desired import change
+from controlplane.core.gateways import row_of
 from controlplane.core.messages import AdminAnswered, AdminAsked, AskId, CancelAsked, Effect, LeaseMuted, SendGateway
 from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, Incarnation, NodeId, ReplicaId, RequestId
 from controlplane.runtime.messages.common import ReasonKind, ReplicaPhase
@@ -230,3 +234,22 @@ def test_a_journal_taken_over_is_counted_for_its_new_gateway() -> None:
     cluster.tell(new, Inventory())
     assert cluster.state.fenced["Inventory"] == 1, "a second whole inventory is none"
     assert RequestId("r1") in cluster.state.requests
+
+
+def test_replicas_keep_the_name_of_the_model_that_they_run() -> None:
+    """Clients that ask for the new name are not answered by the old model, nor held to its limits."""
+    cluster = serving()
+    join(cluster)
+    state = cluster.state
+    for name, path in (("n", "/models/n"), ("o", "/models/o")):
+        change(state, DeploymentId("m"), replace(deployment(path=path), model=name))
+        row = row_of(state, state.replicas[M0])
+        assert (row.model, row.model_path, row.outdated) == ("m", "/models/m", True)
+        assert row.capacity is not None
+    cluster.tick()
+    cluster.settle()
+    row = row_of(state, state.replicas[M0])
+    assert (row.model, row.model_path, row.outdated) == ("o", "/models/o", False)
+    change(state, DeploymentId("m"), replace(deployment(path="/models/o"), model="p"))
+    assert row_of(state, state.replicas[M0]).model == "p"
+    assert not state.deployments[DeploymentId("m")].names

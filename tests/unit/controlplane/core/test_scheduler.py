@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from controlplane.core.desired import change
 from controlplane.core.entities import Limits
 from controlplane.core.messages import Effect, SendGateway, SendWorker
-from controlplane.runtime.ids import DeploymentId, Epoch, ReplicaId, RequestId
+from controlplane.runtime.ids import Attempt, DeploymentId, Epoch, ReplicaId, RequestId
+from controlplane.runtime.messages.common import ReplicaPhase
 from controlplane.runtime.messages.route import (
+    EndBatch,
+    EndEntry,
+    Outcome,
     ReplicaEpoch,
     RouteBatch,
     RouteCause,
@@ -230,3 +235,30 @@ def test_an_unreachable_replica_gets_nothing() -> None:
         cluster.tick()
     routed, _ = route(cluster, gateway, *(entry(f"r{index}") for index in range(4)))
     assert set(where(routed).values()) == {"m-1"}
+
+
+def test_only_the_model_that_a_request_was_made_for_goes_on_with_it() -> None:
+    cluster, gateway = serving(2)
+    routed, _ = route(cluster, gateway, *(entry(f"r{index}", model_path="/models/m") for index in range(4)))
+    assert sorted(where(routed).values()) == ["m-0", "m-0", "m-1", "m-1"]
+    change(cluster.state, DeploymentId("m"), deployment(replicas=2, path="/models/new"))
+    cluster.tick()
+    assert cluster.state.replicas[ReplicaId("m-0")].phase is ReplicaPhase.DRAINING
+    # Too long for the old model proves nothing of the new one: it waits.
+    again = entry("r0", attempt=2, model_path="/models/m")
+    routed, refused = route(cluster, gateway, again, entry("new", prompt=9999, model_path="/models/new"))
+    assert (where(routed), refused) == ({"r0": "m-1"}, {})
+    over = [ended("r0", 2), *(ended(f"r{index}") for index in (1, 2, 3))]
+    cluster.tell(gateway, EndBatch(entries=tuple(over)))
+    cluster.settle()
+    for _ in range(3):
+        cluster.tick()
+        cluster.settle()
+    assert {one.spec and one.spec.model_path for one in cluster.state.replicas.values()} == {"/models/new"}
+    _, refused = route(cluster, gateway, entry("late", model_path="/models/m"))
+    assert refused["late"].code is RouteCode.DEPLOYMENT_FAILED
+    assert refused["late"].reason.text == "m serves /models/new now, in place of /models/m"
+
+
+def ended(request: str, attempt: int = 1) -> EndEntry:
+    return EndEntry(request=RequestId(request), attempt=Attempt(attempt), outcome=Outcome.FINISHED, tokens=1)

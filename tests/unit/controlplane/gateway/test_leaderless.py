@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from controlplane.gateway.messages import Effect, LeaderLost, LeaderOpened, LeaderSaid, Tick, WorkerBroken, WorkerUp
 from controlplane.runtime.ids import Attempt, RequestId, Term
 from controlplane.runtime.messages.common import PermitMode, Reason, ReasonKind
@@ -103,3 +105,13 @@ def test_without_a_worker_to_ask_it_is_told_so_in_the_end():
     core.do(WorkerBroken(W1, core.now), WorkerBroken(W2, core.now), accepted())
     (failed,) = failures(wait(core, 2 * TIMINGS.leader_grace))
     assert failed.reason.text == "no leading coordinator can be reached"
+
+
+def test_only_the_model_that_a_request_was_made_for_goes_on_with_it():
+    core = Core()
+    rows = (replace(row(W1), model_path="/other"), row(W2))
+    core.do(LeaderOpened(Term(7)), LeaderSaid(ReplicaTable(full=True, rows=rows)))
+    core.do(WorkerUp(W1), WorkerUp(W2), LeaderLost())
+    for digit in "0123456789abcdef":
+        core.do(replace(accepted(RequestId(digit * 32)), model_path="/m"))
+    assert {body.permit.replica for body in opens(wait(core, 2 * AWAY_S))} == {f"r-{W2}"}
