@@ -107,6 +107,8 @@ class GenerateHandlers:
             raise ApiError(415, f"the body must be application/json, not {http.content_type}", code="unsupported_type")
         try:
             body = msgspec.json.decode(await http.read())
+        except web.RequestPayloadError as error:
+            raise bad(None, "the body does not have its Content-Encoding", code="invalid_encoding") from error
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise bad(None, f"the body is not valid JSON: {error}", code="invalid_json") from error
         if not isinstance(body, dict):
@@ -119,7 +121,9 @@ class GenerateHandlers:
         return request
 
     def _note_ignored(self, request: GenerationRequest) -> None:
-        new = set(request.model_extra or ()) - self._ignored
+        options = (request.stream_options.model_extra if request.stream_options is not None else None) or ()
+        given = {*(request.model_extra or ()), *(f"stream_options.{name}" for name in options)}
+        new = given - self._ignored
         if new and len(self._ignored) < 1000:
             self._ignored |= new
             log.warning("request_fields_ignored", fields=sorted(new))

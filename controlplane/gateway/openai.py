@@ -14,10 +14,9 @@ TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     include_usage: bool = False
-    continuous_usage_stats: bool = False
 
 
 class ResponseFormat(BaseModel):

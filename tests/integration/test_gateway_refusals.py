@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from structlog.testing import capture_logs
 
 from controlplane.gateway.limits import GatewayLimits
 from controlplane.runtime.messages.route import RouteCode
@@ -117,6 +118,13 @@ class TestRefusals:
                 assert answer.status == status
                 assert words in (await answer.json())["error"]["message"]
 
+    async def test_a_body_that_is_not_encoded_as_it_says(self, stage: Stage):
+        """aiohttp fails only when it is read, and would answer 500."""
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        async with stage.http.post(f"{stage.gateway.url}/v1/completions", data=b"{}", headers=headers) as answer:
+            assert answer.status == 400
+            assert "Content-Encoding" in (await answer.json())["error"]["message"]
+
     async def test_unknown_paths_and_methods(self, stage: Stage):
         async with stage.http.get(f"{stage.gateway.url}/v1/nothing") as answer:
             assert answer.status == 404
@@ -126,8 +134,13 @@ class TestRefusals:
             assert "only POST" in (await answer.json())["error"]["message"]
 
     async def test_unknown_fields_are_let_through(self, stage: Stage):
-        status, _, _ = await stage.post("/v1/completions", {**PROMPT, "max_tokens": 1, "something_new": 1})
-        assert status == 200
+        body = {**PROMPT, "max_tokens": 1, "something_new": 1, "stream": True}
+        with capture_logs() as logged:
+            body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+            async with stage.http.post(f"{stage.gateway.url}/v1/completions", json=body) as answer:
+                assert answer.status == 200
+        (ignored,) = (line["fields"] for line in logged if line["event"] == "request_fields_ignored")
+        assert ignored == ["something_new", "stream_options.continuous_usage_stats"]
 
     async def test_a_full_queue_says_when_to_come_again(self, stage: Stage):
         stage.leader.refuse_with = RouteCode.OVERLOADED
