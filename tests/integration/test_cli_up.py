@@ -222,6 +222,7 @@ def test_a_model_that_no_engine_can_load_ends_it_with_the_reason(tmp_path: Path,
         (("--config", "/no/such.yaml"), "perdure up: /no/such.yaml: cannot be read: No such file or directory\n"),
         (("--tp", "0"), "perdure up: --tensor-parallel-size: parallelism.tensor_parallel_size: must be greater"),
         (("--device", "cuda"), "perdure up: --device cuda: nvidia-smi shows no GPU on this machine\n"),
+        (("--ready-file", "/no/such/file"), "perdure up: /no/such/file cannot be written: /no/such is no folder\n"),
         (("--failure-timeout", "1"), "perdure up: --failure-timeout: fault_tolerance.failure_timeout: failure_timeout"),
     ],
 )

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 
 import grpc
 
-from controlplane.config import ClusterConfig
 from protos.perdure.v1.admin_pb2_grpc import AdminStub
-from tools.up.state import StateDir, default_state_dir
+from tools.up.state import StateDir, local_state_dir
 
 CALL_TIMEOUT_S = 10.0
 
@@ -26,7 +25,7 @@ def find_addresses(given: str | None) -> list[str]:
     named = given or os.environ.get("PERDURE_ADDRESS")
     if named:
         return [address.strip() for address in named.split(",") if address.strip()]
-    state = StateDir(default_state_dir(ClusterConfig.from_flags().cluster.name))
+    state = StateDir(local_state_dir())
     running = state.running()
     if running is None:
         raise CtlError(f"no cluster runs on {state.path}: give --address HOST:PORT or set PERDURE_ADDRESS")

@@ -8,13 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from tools.up.state import RunningCluster
+from tools.up.state import RunningCluster, local_state_dir
 
 PROMPT = "The capital of France is"
 
 
-def banner(running: RunningCluster) -> str:
+def banner(running: RunningCluster, state_dir: Path) -> str:
     """Endpoint, a curl line, a Python line, and where to look."""
+    # Of a cluster elsewhere `perdure ctl` has to be told.
+    address = "" if state_dir == local_state_dir() else f" --address {','.join(running.addresses)}"
     url = running.urls[0]
     others = f" (also {', '.join(running.urls[1:])})" if running.urls[1:] else ""
     body = json.dumps({"model": running.model, "prompt": PROMPT, "max_tokens": 24, "temperature": 0})
@@ -32,7 +34,7 @@ def banner(running: RunningCluster) -> str:
             "",
             f'  {_typed(Path(sys.executable))} -c "{python}"',
             "",
-            f"  {_typed(Path(sys.argv[0]))} ctl status",
+            f"  {_typed(Path(sys.argv[0]))} ctl status{address}",
             f"  {_typed(Path(sys.executable).with_name('grpcurl'))} -plaintext {running.addresses[0]} list",
             "",
         ]

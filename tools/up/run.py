@@ -22,7 +22,7 @@ from tools.up.plan import ClusterPlan
 from tools.up.prepare import ModelMissing
 from tools.up.process import ChildFailed
 from tools.up.readiness import ModelRefused
-from tools.up.state import RunningCluster, StateDir, StateError, write_json
+from tools.up.state import RunningCluster, StateDir, StateError, check_writable, write_json
 
 T = TypeVar("T")
 
@@ -40,6 +40,8 @@ async def run_cluster(planner: Planner, state_dir: Path, ready_file: Path | None
     display = display_for_stdout()
     stop = Stop()
     try:
+        if ready_file is not None:
+            check_writable(ready_file)
         with state.locked():
             plan = await stop.or_outcome(planner(state, display))
             if plan is not None:
@@ -88,7 +90,7 @@ async def _serve(plan: ClusterPlan, state: StateDir, ready_file: Path | None, di
         if started is None:
             return
         display.close()
-        display.line(banner(started))
+        display.line(banner(started, state.path))
         if ready_file is not None:
             write_json(ready_file, started)
         await stop.or_outcome(cluster.until_failure())

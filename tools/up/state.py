@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from controlplane.config import ClusterConfig
+
 
 class StateError(RuntimeError):
     """The state folder cannot be used; the text says why."""
@@ -36,6 +38,19 @@ def default_state_dir(cluster: str) -> Path:
     """$XDG_STATE_HOME/perdure/<cluster>, or ~/.perdure/<cluster>."""
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) / "perdure" if base else Path.home() / ".perdure") / cluster
+
+
+def local_state_dir() -> Path:
+    """That of a cluster which nobody named: where `perdure ctl` looks."""
+    return default_state_dir(ClusterConfig.from_flags().cluster.name)
+
+
+def check_writable(path: Path) -> None:
+    """Raises StateError where no file can be put at `path`."""
+    if not path.parent.is_dir():
+        raise StateError(f"{path} cannot be written: {path.parent} is no folder")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise StateError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'permission denied'}")
 
 
 class StateDir:
