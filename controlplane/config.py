@@ -27,6 +27,8 @@ DEMO_MODEL = "gemma-3-270m"
 """The model path that stands for the Gemma 3 270M of the extra `demo`."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+# etcd's keys and replicas carry it.
+DeploymentName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Degree = Annotated[int, Field(ge=1, le=4096)]
 
@@ -100,7 +102,7 @@ class ModelSection(Section):
     # The name clients ask for; left out: the last part of the path.
     name: str | None = None
     # Names the desired state in etcd: a new model under an old name takes the old one's place.
-    deployment: Name = "main"
+    deployment: DeploymentName = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # auto: exact where that costs nothing, on CPUs.
     numerics: Literal["auto", "exact", "fast"] = "auto"

@@ -302,3 +302,10 @@ def test_flags_win_and_are_named(tmp_path: Path) -> None:
         ClusterConfig.load(path, {dtype: Override("int3", "--dtype")})
     with pytest.raises(ConfigError, match=r"^--tp: parallelism\.tensor_parallel_size: must be greater"):
         ClusterConfig.from_flags({("parallelism", "tensor_parallel_size"): Override(0, "--tp")})
+
+
+def test_a_deployments_name_is_one_that_the_leader_takes(tmp_path: Path) -> None:
+    for name in ("Main", "a_b", "a.b", "-a", "a-", "a" * 64):
+        (problem,) = problems(tmp_path, f"model: {{deployment: {name}}}")
+        assert problem.startswith(f"cluster.yaml:1: model.deployment: '{name}' does not have the form ")
+    assert ClusterConfig.load(write(tmp_path, f"model: {{deployment: {'a' * 61}-1}}")).model.deployment[-2:] == "-1"
