@@ -159,6 +159,8 @@ class _Process:
         self._server = grpc.aio.server(options=public_server_options(self._timings))
         self._address = f"{options.advertised_host}:{self._bind()}"
         self._leader = LeaderWatch(client, self._keys, self._timings, clock, self._dice)
+        # Names of the gRPC services, each with a health of its own.
+        self._services: list[str] = []
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._registry = CollectorRegistry()
         self._gateway = self._make_gateway() if options.role is not Role.COORDINATOR else None
@@ -189,7 +191,8 @@ class _Process:
                 await _patiently("registration_delayed", election.start, self._timings, self._clock)
                 tasks.create_task(election.run())
                 tasks.create_task(coordinator.run())
-            await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+            for name in ("", *self._services):
+                await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
             log.info("process_started", role=self._options.role.value, address=self._address)
 
     async def _load_tokenizers(self, store: Store) -> None:
@@ -277,4 +280,5 @@ class _Process:
             self._gateway.add_to_server(server)
             described.append(inference_pb2.DESCRIPTOR)
         names = [service.full_name for file in described for service in file.services_by_name.values()]
+        self._services = names
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)

@@ -208,6 +208,8 @@ async def test_grpcurl_lists_describes_checks_and_generates(cluster: Cluster) ->
     assert "rpc Generate" in described
     health = await command(GRPCURL, "-plaintext", cluster.address(), "grpc.health.v1.Health/Check")
     assert '"SERVING"' in health
+    named = ("-d", '{"service": "perdure.v1.Inference"}', cluster.address(), "grpc.health.v1.Health/Check")
+    assert '"SERVING"' in await command(GRPCURL, "-plaintext", *named)
     request = json.dumps(
         {
             "model": "tiny",
