@@ -123,6 +123,26 @@ def test_bits_do_not_depend_on_what_else_runs(make_engine: MakeEngine, family: s
     ]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_a_replay_of_many_tokens_gives_the_bits_of_the_decodes(family: str, dtype: str, tmp_path: Path) -> None:
+    """In widths at which libraries take other kernels for many rows than for few."""
+    path = tiny_model(tmp_path, family, hidden_size=640, intermediate_size=1536, num_hidden_layers=2)
+    spec = ReplicaSpec(
+        deployment=DeploymentId("d"), model_path=str(path), dtype=dtype, kv_cache_tokens=4096, max_model_tokens=400
+    )
+    engine = Engine(load_model(spec, Mesh.single(), CPU, lambda *_: None), spec, CPU)
+    sampling = Sampling(temperature=0, max_tokens=60, ignore_eos=True, logprobs=2)
+    prompt = mixed_prompts(1)[0][:10]
+    (whole,) = generate(engine, [submission(0, prompt, sampling)])
+    for index in (1, 5, 20, 33, 40, 59):
+        engine.reset(Epoch(index))
+        (rest,) = generate(engine, [submission(index, prompt, sampling, delivered=whole.tokens[:index])])
+        assert rest.tokens == whole.tokens[index:]
+        told = [[item.chosen for item in part] for part in (rest.logprobs, whole.logprobs[index:])]
+        assert told[0] == told[1], index
+
+
 def test_a_cache_of_8_bit_floats_changes_little_and_depends_on_nothing_else(make_engine: MakeEngine) -> None:
     items = [submission(n, prompt, drawn(n)) for n, prompt in enumerate(mixed_prompts(4))]
     small = {"kv_cache_dtype": "fp8_e4m3"}
