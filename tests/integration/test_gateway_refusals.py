@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,22 @@ class TestRefusals:
                 assert answer.status == 200
         (ignored,) = (line["fields"] for line in logged if line["event"] == "request_fields_ignored")
         assert ignored == ["something_new", "stream_options.continuous_usage_stats"]
+
+    async def test_what_is_no_http_is_one_line_in_the_log(
+        self, stage: Stage, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ):
+        port = int(stage.gateway.url.rsplit(":", 1)[1])
+        with capture_logs() as logged:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nno header\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.0 400")
+            writer.close()
+        (line,) = logged
+        assert (line["event"], line["log_level"], line["client"]) == ("request_malformed", "info", "127.0.0.1")
+        assert "no header" in line["reason"]
+        assert "\n" not in line["reason"]
+        assert not caplog.records
+        assert "Traceback" not in capsys.readouterr().err
 
     async def test_a_full_queue_says_when_to_come_again(self, stage: Stage):
         stage.leader.refuse_with = RouteCode.OVERLOADED
