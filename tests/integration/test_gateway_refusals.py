@@ -107,6 +107,24 @@ class TestRefusals:
         assert refusal.value.code == "context_length_exceeded"
 
     @pytest.mark.parametrize(
+        ("path", "body", "param"),
+        [
+            ("completions", {**PROMPT, "prompt": "fox " * 50_000}, "prompt"),
+            ("completions", {**PROMPT, "prompt": ["fox", "fox " * 50_000]}, "prompt"),
+            ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": "fox " * 50_000}]}, "messages"),
+        ],
+    )
+    async def test_a_prompt_far_too_long_is_refused_alike(
+        self, stage: Stage, path: str, body: dict[str, Any], param: str
+    ):
+        status, _, answer = await stage.post(f"/v1/{path}", body)
+        error: Any = answer["error"]
+        assert (status, error["param"], error["code"]) == (400, param, "context_length_exceeded")
+        text = f"this model's maximum context length is 512 tokens, but the {param} has at least "
+        assert error["message"].startswith(text)
+        assert error["message"].endswith("; please reduce its length")
+
+    @pytest.mark.parametrize(
         ("data", "content_type", "status", "words"),
         [
             (b"{", "application/json", 400, "not valid JSON"),
