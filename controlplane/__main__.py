@@ -11,10 +11,11 @@ import typer
 import uvloop
 
 from controlplane.config import ClusterConfig, ControlPlaneConfig, EtcdConfig
-from controlplane.config_source import ConfigError
+from controlplane.config_source import ConfigError, Problem
 from controlplane.process import ProcessOptions, Role, run_process
 from controlplane.runtime.errors import PerdureError, invalid
 from controlplane.runtime.etcd_types import EtcdOptions
+from controlplane.runtime.records import DeploymentRecord
 from controlplane.runtime.telemetry import configure_logging
 
 WILDCARDS = ("0.0.0.0", "::")
@@ -78,7 +79,7 @@ def controlplane_command(
             http_host=listen,
             http_port=section.http_port if http_port is None else http_port,
             role=role,
-            deployment=settings.deployment() if config is not None else None,
+            deployment=_deployment(settings, config) if config is not None and role is not Role.GATEWAY else None,
             state_dir=state_dir,
         )
         configure_logging(json_lines=log_format == "json", process=ours)
@@ -87,6 +88,23 @@ def controlplane_command(
     except (ConfigError, PerdureError) as error:
         typer.echo(f"perdure controlplane: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _deployment(settings: ClusterConfig, file: Path) -> DeploymentRecord:
+    """What the file describes, with its model's folder: gateways read the tokenizer there, and know neither names nor
+    this command's working directory. A path of other hosts is taken as it is. Raises ConfigError for what is no folder,
+    as making one takes what only workers have installed."""
+    path = Path(settings.model.path).expanduser()
+    if path.suffix != ".gguf":
+        if path.is_absolute():
+            return settings.with_model(path, settings.model_name).deployment()
+        if (path / "config.json").is_file():
+            return settings.with_model(path.resolve(), settings.model_name).deployment()
+    text = (
+        f"{settings.model.path!r} is no model folder: name one, as `perdure up` and `perdure ctl apply` alone "
+        "make folders of names and .gguf files"
+    )
+    raise ConfigError([Problem(str(file), "model.path", text)])
 
 
 def _etcd_options(

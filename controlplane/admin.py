@@ -16,6 +16,7 @@ from controlplane.core.messages import (
     AdminAnswered,
     ApplyAsked,
     CancelAsked,
+    DeleteAsked,
     DrainAsked,
     ScaleAsked,
     UndrainAsked,
@@ -126,6 +127,12 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             return await self._ask_leader("Scale", request, context)
         await self._ask(ScaleAsked(DeploymentId(request.deployment), request.replicas), context)
         return admin_pb2.ScaleResponse()
+
+    async def Delete(self, request: admin_pb2.DeleteRequest, context: Context) -> Any:
+        if self._coordinator.term is None:
+            return await self._ask_leader("Delete", request, context)
+        await self._ask(DeleteAsked(DeploymentId(request.deployment)), context)
+        return admin_pb2.DeleteResponse()
 
     async def Leave(self, request: admin_pb2.LeaveRequest, context: Context) -> Any:
         self._leave()

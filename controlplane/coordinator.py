@@ -25,6 +25,7 @@ from controlplane.core.messages import (
     AskId,
     CloseConnection,
     ConnectionId,
+    DeleteDeployment,
     DeletePlacement,
     Effect,
     Event,
@@ -268,9 +269,10 @@ class Coordinator:
                     await self._mailbox.put(_InTerm(term, ask))
 
     def _missing(self, loaded: StoreLoaded) -> DeploymentRecord | None:
-        """The initial deployment, if the store has none of its name."""
+        """The initial deployment, if the store has none of its name and no operator deleted it."""
         initial = self._initial
-        return initial if initial is not None and initial.deployment not in loaded.deployments else None
+        known = loaded.deployments.keys() | loaded.deleted
+        return initial if initial is not None and initial.deployment not in known else None
 
     def _step(self, event: Event) -> None:
         if self._state is None:
@@ -302,7 +304,7 @@ class Coordinator:
                 self._spawn(self._probe(effect, term))
             case RevokeLease():
                 self._spawn(self._revoke(effect, term))
-            case WritePlacement() | DeletePlacement() | WriteDeployment():
+            case WritePlacement() | DeletePlacement() | WriteDeployment() | DeleteDeployment():
                 self._spawn(self._write(effect, term))
             case _:
                 assert_never(effect)
@@ -326,7 +328,9 @@ class Coordinator:
             log.warning("lease_revoke_failed", node=revoke.node, error=str(error))
         await self._mailbox.put(_InTerm(term, RevokeDone(revoke.node, revoke.incarnation, ok)))
 
-    async def _write(self, effect: WritePlacement | DeletePlacement | WriteDeployment, term: Term) -> None:
+    async def _write(
+        self, effect: WritePlacement | DeletePlacement | WriteDeployment | DeleteDeployment, term: Term
+    ) -> None:
         try:
             match effect:
                 case WritePlacement():
@@ -335,6 +339,8 @@ class Coordinator:
                     ok = await self._store.delete_placement(effect.replica)
                 case WriteDeployment():
                     ok = await self._store.write_deployment(effect.record)
+                case DeleteDeployment():
+                    ok = await self._store.delete_deployment(effect.deployment)
             reason = None if ok else Reason(kind=ReasonKind.NOT_LEADER, text="the leader key is another's")
         except (Retryable, FencedError) as error:
             ok, reason = False, error.reason

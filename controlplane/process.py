@@ -86,7 +86,7 @@ class ProcessOptions:
     http_host: str
     http_port: int
     role: Role = Role.BOTH
-    # Wanted at the first start; a deployment of the same name in etcd is left as it is.
+    # Wanted at the first start; a deployment of the same name in etcd is left as it is, and one that was deleted, too.
     deployment: DeploymentRecord | None = None
     state_dir: Path | None = None
     limits: Limits = field(default_factory=Limits)

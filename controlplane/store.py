@@ -73,6 +73,7 @@ class StoreState:
     deployments: Mapping[DeploymentId, DeploymentRecord]
     placements: Mapping[ReplicaId, PlacementRecord]
     peers: Mapping[str, PeerRecord]
+    deleted: frozenset[DeploymentId]
 
 
 class Guard(Protocol):
@@ -136,7 +137,7 @@ class Store:
                 text = f"{record.replica}: epoch {record.epoch} after epoch {placed.epoch}"
                 raise FencedError(Reason(kind=ReasonKind.STALE_EPOCH, text=text))
             revision = stored.mod_revision if stored is not None else 0
-            written = await self._write(Put(key, to_json(record)), mod_revision_is(key, revision))
+            written = await self._write(Put(key, to_json(record)), when=(mod_revision_is(key, revision),))
             if written is not None:
                 return written
         raise EtcdUnavailable(f"{key} changes too fast to be written", self._retry_ms)
@@ -147,7 +148,13 @@ class Store:
 
     async def write_deployment(self, record: DeploymentRecord) -> bool:
         """False: this process no longer leads."""
-        return await self._write(Put(self._keys.deployment(record.deployment), to_json(record))) is True
+        put = Put(self._keys.deployment(record.deployment), to_json(record))
+        return await self._write(put, Delete(self._keys.deleted_deployment(record.deployment))) is True
+
+    async def delete_deployment(self, deployment: DeploymentId) -> bool:
+        """Leaves word that it was deleted. False: this process no longer leads."""
+        put = Put(self._keys.deleted_deployment(deployment), b"")
+        return await self._write(Delete(self._keys.deployment(deployment)), put) is True
 
     async def revoke_lease(self, lease: int) -> None:
         """End a lease and delete its keys. One that is gone already counts as revoked. etcd cannot guard this by the
@@ -159,20 +166,20 @@ class Store:
     async def _get(self, key: str) -> KeyValue | None:
         return await _served(self._client.get(key, timeout=self._timeout))
 
-    async def _write(self, op: Op, *conditions: Compare) -> bool | None:
-        """Write under the leader's guard. False: the guard failed; None: one of `conditions` did."""
+    async def _write(self, *ops: Op, when: tuple[Compare, ...] = ()) -> bool | None:
+        """Write under the leader's guard. False: the guard failed; None: one of the conditions `when` did."""
         ours = self._guard.leader_value
         if ours is None:
             return False
         leader = self._keys.leader
-        txn = Txn(when=(value_is(leader, ours), *conditions), success=(op,), failure=(Get(leader),))
+        txn = Txn(when=(value_is(leader, ours), *when), success=ops, failure=(Get(leader),))
         result = await _served(self._client.txn(txn, timeout=self._timeout))
         if result.succeeded:
             return True
         stands = result.reads[0]
         if stands is not None and stands.value == ours:
             return None
-        log.warning("write_refused", key=op.key, reason="the leader key is not ours")
+        log.warning("write_refused", key=ops[0].key, reason="the leader key is not ours")
         self._guard.doubt()
         return False
 
@@ -208,6 +215,7 @@ class StoreView:
             placements=state.placements,
             peers=self._peers,
             restored=restored,
+            deleted=state.deleted,
         )
 
     def _event(self, key: str, item: KeyValue | None) -> StoreEvent | None:
@@ -235,6 +243,7 @@ def _state(keys: Keys, revision: int, content: Mapping[str, KeyValue]) -> StoreS
         },
         placements={ReplicaId(name): record for name, record in _records(content, keys.placements, PlacementRecord)},
         peers=dict(_records(content, keys.peers, PeerRecord)),
+        deleted=frozenset(DeploymentId(name) for key in content if (name := _below(keys.deleted, key))),
     )
 
 

@@ -9,7 +9,16 @@ from controlplane.core import slowness, spares, weights
 from controlplane.core.elastic import ELASTIC, same_model
 from controlplane.core.entities import Deployment, Replica
 from controlplane.core.groups import note_epoch
-from controlplane.core.messages import AdminAnswered, ApplyAsked, AskId, ScaleAsked, WriteDeployment, WriteDone
+from controlplane.core.messages import (
+    AdminAnswered,
+    ApplyAsked,
+    AskId,
+    DeleteAsked,
+    DeleteDeployment,
+    ScaleAsked,
+    WriteDeployment,
+    WriteDone,
+)
 from controlplane.core.recovery import pardon
 from controlplane.core.scheduler import drop_queue
 from controlplane.core.state import ClusterState
@@ -24,17 +33,21 @@ NAME_LENGTH_MAX = 63
 SLOW_NODES = ("report", slowness.DRAIN)
 STRATEGIES = ("checkpoint_restart", ELASTIC)
 
+_FROZEN = Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the leader cannot reach etcd")
+
 
 def apply(state: ClusterState, ask: AskId, asked: ApplyAsked) -> None:
     """An operator's deployment: checked, then written to etcd, then taken."""
     fault = fault_of(state, asked.record)
     if state.frozen:
-        fault = Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the leader cannot reach etcd")
+        fault = _FROZEN
     if fault is not None:
         state.emit(AdminAnswered(ask, fault))
         return
     write = state.mint_write()
-    state.applying[write] = (ask, asked.record)
+    # Not once it is written: what etcd's watch says of it may come before.
+    known = state.deployments.get(asked.record.deployment)
+    state.applying[write] = (ask, asked.record, known is None or known.removed)
     state.emit(WriteDeployment(write, asked.record))
 
 
@@ -42,22 +55,49 @@ def scale(state: ClusterState, ask: AskId, asked: ScaleAsked) -> None:
     """An operator's number of replicas, for a deployment as it is otherwise."""
     known = state.deployments.get(asked.deployment)
     if known is None or known.removed:
-        state.emit(AdminAnswered(ask, Reason(kind=ReasonKind.UNKNOWN_ID, text=f"no deployment {asked.deployment}")))
+        state.emit(AdminAnswered(ask, _unknown(asked.deployment)))
         return
     apply(state, ask, ApplyAsked(replace(known.record, replicas=asked.replicas)))
 
 
+def delete(state: ClusterState, ask: AskId, asked: DeleteAsked) -> None:
+    """An operator has no more use for a deployment: deleted from etcd, then removed."""
+    known = state.deployments.get(asked.deployment)
+    fault = _unknown(asked.deployment) if known is None or known.removed else None
+    if state.frozen:
+        fault = _FROZEN
+    if fault is not None:
+        state.emit(AdminAnswered(ask, fault))
+        return
+    write = state.mint_write()
+    state.deleting[write] = (ask, asked.deployment)
+    state.emit(DeleteDeployment(write, asked.deployment))
+
+
+def _unknown(name: DeploymentId) -> Reason:
+    return Reason(kind=ReasonKind.UNKNOWN_ID, text=f"no deployment {name}")
+
+
 def applied(state: ClusterState, done: WriteDone) -> None:
-    ask, record = state.applying.pop(done.write)
+    ask, record, created = state.applying.pop(done.write)
     if not done.ok:
         reason = done.reason or Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the deployment could not be written")
         state.emit(AdminAnswered(ask, reason))
         return
-    created = record.deployment not in state.deployments
     change(state, record.deployment, record)
     for replica in state.deployments[record.deployment].replicas.values():
         pardon(state, replica)
     state.emit(AdminAnswered(ask, None, created))
+
+
+def deleted(state: ClusterState, done: WriteDone) -> None:
+    ask, name = state.deleting.pop(done.write)
+    if not done.ok:
+        reason = done.reason or Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the deployment could not be deleted")
+        state.emit(AdminAnswered(ask, reason))
+        return
+    change(state, name, None)
+    state.emit(AdminAnswered(ask, None))
 
 
 def fault_of(state: ClusterState, record: DeploymentRecord) -> Reason | None:

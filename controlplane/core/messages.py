@@ -36,6 +36,8 @@ class StoreLoaded:
     # Names of the other control-plane processes that hold a lease.
     peers: frozenset[str]
     restored: bool = False
+    # Names of deployments that an operator deleted: no start's own deployment is to bring them back.
+    deleted: frozenset[DeploymentId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class LeaseHeard:
 
 @dataclass(frozen=True, slots=True)
 class WriteDone:
-    """Outcome of WritePlacement, DeletePlacement or WriteDeployment.
+    """Outcome of WritePlacement, DeletePlacement, WriteDeployment or DeleteDeployment.
 
     Not ok: etcd is away (reason STORE_UNAVAILABLE) or the guard failed (the shell steps down by itself then).
     """
@@ -164,7 +166,12 @@ class ScaleAsked:
     replicas: int
 
 
-Wish = DrainAsked | UndrainAsked | CancelAsked | ApplyAsked | ScaleAsked
+@dataclass(frozen=True, slots=True)
+class DeleteAsked:
+    deployment: DeploymentId
+
+
+Wish = DrainAsked | UndrainAsked | CancelAsked | ApplyAsked | ScaleAsked | DeleteAsked
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +275,12 @@ class WriteDeployment:
 
 
 @dataclass(frozen=True, slots=True)
+class DeleteDeployment:
+    write: WriteId
+    deployment: DeploymentId
+
+
+@dataclass(frozen=True, slots=True)
 class StepDown:
     """Give up leadership; stand again only after `pause_s` seconds."""
 
@@ -308,6 +321,7 @@ Effect = (
     | WritePlacement
     | DeletePlacement
     | WriteDeployment
+    | DeleteDeployment
     | StepDown
     | AdminAnswered
     | Recorded

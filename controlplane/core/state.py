@@ -64,8 +64,11 @@ of the term, so that it comes twice itself, its two leaders begin at places of t
 Placing = tuple[ReplicaId, Epoch]
 """A placement on its way to etcd."""
 
-Applying = tuple[AskId, DeploymentRecord]
-"""A deployment on its way to etcd, and who asked for it."""
+Applying = tuple[AskId, DeploymentRecord, bool]
+"""A deployment on its way to etcd, who asked for it, and whether there was none of its name then."""
+
+Deleting = tuple[AskId, DeploymentId]
+"""A deployment on its way out of etcd, and who asked for that."""
 
 
 @dataclass(slots=True)
@@ -126,6 +129,7 @@ class ClusterState:
     fenced: Counter[str] = field(default_factory=Counter[str])
     placing: dict[WriteId, Placing] = field(default_factory=dict[WriteId, Placing])
     applying: dict[WriteId, Applying] = field(default_factory=dict[WriteId, Applying])
+    deleting: dict[WriteId, Deleting] = field(default_factory=dict[WriteId, Deleting])
     # What etcd held when it was last read as a whole, until that is compared with what it is to hold.
     placements_read: Mapping[ReplicaId, PlacementRecord] | None = None
     sessions: int = 0

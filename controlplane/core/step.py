@@ -27,6 +27,7 @@ from controlplane.core.messages import (
     AdminAsked,
     ApplyAsked,
     CancelAsked,
+    DeleteAsked,
     DeploymentChanged,
     DrainAsked,
     Effect,
@@ -203,6 +204,8 @@ def _written(state: ClusterState, done: WriteDone) -> None:
         groups.written(state, done)
     elif done.write in state.applying:
         desired.applied(state, done)
+    elif done.write in state.deleting:
+        desired.deleted(state, done)
 
 
 def _note_trouble(state: ClusterState, done: WriteDone) -> None:
@@ -246,6 +249,8 @@ def _admin_asked(state: ClusterState, event: AdminAsked) -> None:
             gateways.cancel_asked(state, event.ask, event.body)
         case ScaleAsked():
             desired.scale(state, event.ask, event.body)
+        case DeleteAsked():
+            desired.delete(state, event.ask, event.body)
         case ApplyAsked():
             desired.apply(state, event.ask, event.body)
         case _:

@@ -15,13 +15,13 @@ from controlplane.gateway.messages import Failure, RequestAccepted
 from controlplane.gateway.metrics import GatewayMetrics, RequestClock
 from controlplane.gateway.models import Catalogue, ServedModel
 from controlplane.gateway.openai import ChatRequest, CompletionRequest
-from controlplane.gateway.params import Wanted, answer_tokens, check_ids, choice_seeds
+from controlplane.gateway.params import Wanted, answer_tokens, check_ids, choice_seeds, context_full
 from controlplane.gateway.prefix import prefix_hashes
 from controlplane.gateway.render import Echo, Usage
 from controlplane.gateway.render_blob import RENDER_BYTES_MAX, Kind, RenderBlob, place_id
 from controlplane.gateway.requests import Requests
 from controlplane.gateway.text_stream import TextStream
-from controlplane.gateway.tokenizer import ModelTokenizer, TokenizerPool
+from controlplane.gateway.tokenizer import ModelTokenizer, TextTooLong, TokenizerPool
 from controlplane.runtime.clock import Clock
 from controlplane.runtime.ids import DeploymentId, RequestId, draw_id
 from controlplane.runtime.packing import pack_u32
@@ -171,7 +171,9 @@ class Generator:
         model = self._catalogue.begun(name, deployment, model_path)
         return model, await self._catalogue.ready(model)
 
-    async def completion_prompts(self, request: CompletionRequest, tokenizer: ModelTokenizer) -> list[Prompt]:
+    async def completion_prompts(
+        self, request: CompletionRequest, tokenizer: ModelTokenizer, context_tokens: int
+    ) -> list[Prompt]:
         """Raises ApiError, Retryable."""
         given = request.prompts()
         if not given:
@@ -179,21 +181,27 @@ class Generator:
         if len(given) > self.limits.prompts_max:
             raise bad("prompt", f"at most {self.limits.prompts_max} prompts are allowed in one request")
         alone = given == [request.prompt]
+        special = request.add_special_tokens
         return [
-            await self.prompt(one, tokenizer, "prompt" if alone else f"prompt[{place}]", request.add_special_tokens)
+            await self.prompt(one, tokenizer, context_tokens, "prompt" if alone else f"prompt[{place}]", special)
             for place, one in enumerate(given)
         ]
 
     async def prompt(
-        self, given: str | Sequence[int], tokenizer: ModelTokenizer, where: str, special: bool = True
+        self,
+        given: str | Sequence[int],
+        tokenizer: ModelTokenizer,
+        context_tokens: int,
+        where: str,
+        special: bool = True,
     ) -> Prompt:
-        """One prompt, as text or ids; `where` it stood in the request. Raises ApiError, Retryable."""
+        """One prompt, as text or ids; `where` ids stood in the request. Raises ApiError, Retryable."""
         if isinstance(given, str):
-            return Prompt(await self._pool.encode(tokenizer, given, add_special_tokens=special), given)
+            return await self._tokenised(given, tokenizer, context_tokens, "prompt", special=special)
         check_ids(where, given, tokenizer.vocab_size)
         return Prompt(list(given))
 
-    async def chat_prompt(self, request: ChatRequest, tokenizer: ModelTokenizer) -> Prompt:
+    async def chat_prompt(self, request: ChatRequest, tokenizer: ModelTokenizer, context_tokens: int) -> Prompt:
         """Raises ApiError, Retryable."""
         messages = [message.for_template() for message in request.messages]
         try:
@@ -208,7 +216,18 @@ class Generator:
         except TemplateFailed as error:
             raise bad("messages", f"the model's chat template refused the messages: {error}") from error
         # The template writes the special tokens itself.
-        return Prompt(await self._pool.encode(tokenizer, text, add_special_tokens=False), text)
+        return await self._tokenised(text, tokenizer, context_tokens, "messages", special=False)
+
+    async def _tokenised(
+        self, text: str, tokenizer: ModelTokenizer, context_tokens: int, param: str, *, special: bool
+    ) -> Prompt:
+        # The answer needs room for a token. Without a known context there is no limit.
+        tokens_max = max(context_tokens - 1, 0)
+        try:
+            ids = await self._pool.encode(tokenizer, text, add_special_tokens=special, tokens_max=tokens_max)
+        except TextTooLong as error:
+            raise context_full(param, f"at least {error.tokens_min}", context_tokens) from error
+        return Prompt(ids, text)
 
     def open(self, asked: Asked) -> Generation:
         """Open a journal for each prompt. Raises ApiError; nothing is open then."""

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from controlplane.gateway.api_errors import INVALID_REQUEST, SERVER_ERROR, ApiError
 from controlplane.gateway.http_generate import GenerateHandlers, error_response
+from controlplane.gateway.http_log import http_logger
 from controlplane.gateway.metrics import GatewayMetrics
 from controlplane.gateway.models import Catalogue, ServedModel
 from controlplane.gateway.render import encode_json
@@ -70,7 +71,9 @@ class HttpServer:
         app.router.add_get("/metrics", self._metrics_page)
         app.on_response_prepare.append(_name_response)
         # A handler whose client is gone is cancelled at once; that is what frees its sequences.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, handle_signals=False)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, logger=http_logger(), handle_signals=False
+        )
         await runner.setup()
         site = web.TCPSite(runner, self._host, self._port)
         try:

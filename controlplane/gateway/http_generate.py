@@ -39,7 +39,7 @@ class GenerateHandlers:
         model, tokenizer = await self._generator.model(request.model)
         wanted = wanted_completion(request, self._generator.limits, tokenizer.vocab_size)
         try:
-            prompts = await self._generator.completion_prompts(request, tokenizer)
+            prompts = await self._generator.completion_prompts(request, tokenizer, model.context_tokens)
         except PerdureError as error:
             raise from_error(error) from error
         asked = Asked(
@@ -62,7 +62,7 @@ class GenerateHandlers:
         model, tokenizer = await self._generator.model(request.model)
         wanted = wanted_chat(request, self._generator.limits, tokenizer.vocab_size)
         try:
-            prompt = await self._generator.chat_prompt(request, tokenizer)
+            prompt = await self._generator.chat_prompt(request, tokenizer, model.context_tokens)
         except PerdureError as error:
             raise from_error(error) from error
         asked = Asked(

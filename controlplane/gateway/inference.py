@@ -74,7 +74,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         wanted = wanted_completion(asked, self._generator.limits, tokenizer.vocab_size)
         given = request.prompt if request.prompt else list(request.prompt_ids)
         try:
-            prompt = await self._generator.prompt(given, tokenizer, "prompt_ids")
+            prompt = await self._generator.prompt(given, tokenizer, model.context_tokens, "prompt_ids")
         except PerdureError as error:
             raise from_error(error) from error
         return self._generator.open(

@@ -51,6 +51,12 @@ class GenerationRequest(BaseModel):
     priority: int = Field(default=0, ge=-(2**31), le=2**31 - 1)
     user: str | None = None
     response_format: ResponseFormat | None = None
+    # vLLM's ways to constrain an answer.
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
 
     @field_validator(
         "n",
@@ -77,6 +83,14 @@ class GenerationRequest(BaseModel):
     def _text_only(cls, value: ResponseFormat | None) -> ResponseFormat | None:
         if value is not None and value.type != "text":
             raise ValueError(f"{value.type!r} is not supported, only 'text' is")
+        return value
+
+    @field_validator("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+    @classmethod
+    def _unconstrained(cls, value: Any) -> Any:
+        # Not with the fields that are passed over: an answer without its constraint is no answer.
+        if value is not None:
+            raise ValueError("is not supported: answers are not constrained")
         return value
 
     @property

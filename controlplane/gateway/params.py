@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from controlplane.gateway.api_errors import CONTEXT_CODE, bad
+from controlplane.gateway.api_errors import CONTEXT_CODE, ApiError, bad
 from controlplane.gateway.limits import GatewayLimits
 from controlplane.gateway.openai import ChatRequest, CompletionRequest, GenerationRequest
 from controlplane.gateway.text_stream import TextOptions
@@ -73,19 +73,28 @@ def answer_tokens(wanted: Wanted, prompt_tokens: int, context_tokens: int, promp
     if not context_tokens:
         return wanted.max_tokens if wanted.max_tokens is not None else 2**16
     room = context_tokens - prompt_tokens
-    limit = f"this model's maximum context length is {context_tokens} tokens"
     if room < 1:
-        message = f"{limit}, but the {prompt_param} has {prompt_tokens}; please reduce its length"
-        raise bad(prompt_param, message, CONTEXT_CODE)
+        raise context_full(prompt_param, str(prompt_tokens), context_tokens)
     if wanted.max_tokens is None:
         return room
     if wanted.max_tokens > room:
         name = wanted.max_tokens_param
+        limit = _context_limit(context_tokens)
         message = f"{name} is too large: {wanted.max_tokens}; {limit} and the prompt has {prompt_tokens} of them"
         raise bad(name, message, CONTEXT_CODE)
     if wanted.sampling.min_tokens > wanted.max_tokens:
         raise bad("min_tokens", "min_tokens must not exceed max_tokens")
     return wanted.max_tokens
+
+
+def context_full(prompt_param: str, prompt_tokens: str, context_tokens: int) -> ApiError:
+    """A prompt leaves no room for an answer; `prompt_tokens` says how many it has."""
+    message = f"{_context_limit(context_tokens)}, but the {prompt_param} has {prompt_tokens}; please reduce its length"
+    return bad(prompt_param, message, CONTEXT_CODE)
+
+
+def _context_limit(context_tokens: int) -> str:
+    return f"this model's maximum context length is {context_tokens} tokens"
 
 
 def check_ids(where: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import structlog
 from tokenizers import Tokenizer
 
 from controlplane.gateway.chat_template import PLAIN_TEMPLATE, ChatTemplate, TemplateFailed, find_template
+from controlplane.gateway.token_bound import byte_level_alphabet, chars_per_token_max
 from controlplane.runtime.errors import Retryable
 from controlplane.runtime.messages.common import Reason, ReasonKind
 
@@ -29,6 +31,14 @@ log = structlog.get_logger()
 
 class TokenizerMissing(ValueError):
     """The model's folder has no usable tokenizer; the text says what is wrong."""
+
+
+class TextTooLong(ValueError):
+    """A text cannot have as few tokens as it may."""
+
+    def __init__(self, tokens_min: int) -> None:
+        super().__init__(f"a text of at least {tokens_min} tokens")
+        self.tokens_min = tokens_min
 
 
 class ModelTokenizer:
@@ -69,6 +79,19 @@ class ModelTokenizer:
         add_bos_token beside it means nothing."""
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def encode_within(self, text: str, tokens_max: int, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a text, at most `tokens_max` unless that is 0. A text that is surely longer is not tokenised, which
+        takes a second for each million tokens. Raises TextTooLong then."""
+        if 0 < tokens_max < len(text) and self._chars_per_token is not None:
+            tokens_min = -(-len(text) // self._chars_per_token)
+            if tokens_min > tokens_max:
+                raise TextTooLong(tokens_min)
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    @cached_property
+    def _chars_per_token(self) -> int | None:
+        return chars_per_token_max(self._tokenizer)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids as clients see it: without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -99,11 +122,16 @@ class TokenizerPool:
     async def load(self, folder: Path) -> ModelTokenizer:
         return await asyncio.get_running_loop().run_in_executor(self._pool, ModelTokenizer, folder)
 
-    async def encode(self, tokenizer: ModelTokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of a text of any length. Raises Retryable when too many long texts wait already."""
+    async def encode(
+        self, tokenizer: ModelTokenizer, text: str, *, add_special_tokens: bool, tokens_max: int = 0
+    ) -> list[int]:
+        """Ids of a text of any length. Raises TextTooLong for one that surely has more than `tokens_max` (0: any number
+        will do), Retryable when too many long texts wait already."""
         if len(text) <= LONG_TEXT_CHARS:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await self._off_loop(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return await self._off_loop(
+            lambda: tokenizer.encode_within(text, tokens_max, add_special_tokens=add_special_tokens)
+        )
 
     async def render_chat(
         self, tokenizer: ModelTokenizer, messages: Sequence[Mapping[str, Any]], **options: Any
@@ -167,15 +195,6 @@ def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
         return set()
     parts = decoder.get("decoders", [decoder])
     return {part["type"] for part in parts}
-
-
-def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: bytes that print stand for themselves, the others follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    rest = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet.update({chr(256 + place): byte for place, byte in enumerate(rest)})
-    return alphabet
 
 
 def _read_json(path: Path) -> dict[str, Any]:

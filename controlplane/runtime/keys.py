@@ -46,6 +46,11 @@ class Keys:
         return f"{self.prefix}deployments/"
 
     @property
+    def deleted(self) -> str:
+        """Below it, the names of deployments that an operator deleted, without content."""
+        return f"{self.prefix}deleted/"
+
+    @property
     def placements(self) -> str:
         return f"{self.prefix}placements/"
 
@@ -57,6 +62,9 @@ class Keys:
 
     def deployment(self, deployment: DeploymentId) -> str:
         return self.deployments + _check("deployment", deployment)
+
+    def deleted_deployment(self, deployment: DeploymentId) -> str:
+        return self.deleted + _check("deployment", deployment)
 
     def placement(self, replica: ReplicaId) -> str:
         return self.placements + _check("replica", replica)

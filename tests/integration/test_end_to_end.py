@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from tests.support.cluster import ROOT, Cluster, eventually
+from tests.support.streams import start_wave
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="session")]
 
@@ -274,3 +275,31 @@ async def test_cancel_ends_a_stream_with_a_reason(cluster: Cluster) -> None:
         await ctl(cluster, "cancel", request["id"])
         rest = [line async for line in lines if line.startswith("data: ")]
     assert any("cancel" in line.lower() for line in rest)
+
+
+async def test_a_deleted_deployment_ends_its_streams_and_stays_away(cluster: Cluster) -> None:
+    """Also for a new leader, whose own file describes it."""
+    leader = await cluster.leader()
+    other = next(name for name in cluster.controlplanes if name != leader.name)
+    wave = start_wave(cluster.address(other), cluster.url(other), 4, 3000)
+    await wave.reach(2)
+    address = {"PERDURE_ADDRESS": cluster.address(other)}
+    assert await command(PERDURE, "ctl", "delete", "main", **address) == "deployment main deleted\n"
+    for stream in await asyncio.wait_for(wave.finish(), 30):
+        assert not stream.finish
+        assert stream.error.endswith("no deployment main")
+    with pytest.raises(AssertionError, match="no deployment main"):
+        await command(PERDURE, "ctl", "delete", "main", **address)
+    leader.kill()
+    leader.start()
+
+    async def led() -> dict[str, Any]:
+        status = await cluster.status(other)
+        return status if status.get("leader", {}).get("phase") == "LEADER_PHASE_LEADING" else {}
+
+    status = await eventually("another one leads", led)
+    assert status["leader"]["id"] == other
+    assert not status["deployments"]
+    assert not status["replicas"]
+    assert await ctl(cluster, "apply", "-f", str(cluster.folder / "cluster.yaml")) == "main: created\n"
+    await cluster.wait_ready()

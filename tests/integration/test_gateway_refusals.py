@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ class TestRefusals:
             ("completions", {"model": MODEL}, 400, "prompt", "Field required"),
             ("completions", {**PROMPT, "model": "other"}, 404, "model", "does not exist"),
             ("completions", {**PROMPT, "response_format": {"type": "json_object"}}, 400, "response_format", "not supp"),
+            ("completions", {**PROMPT, "guided_regex": "[0-9]+"}, 400, "guided_regex", "not supp"),
+            ("completions", {**PROMPT, "guided_grammar": "root ::= x"}, 400, "guided_grammar", "not supp"),
+            ("chat/completions", {**CHAT, "guided_json": {}}, 400, "guided_json", "not supp"),
+            ("chat/completions", {**CHAT, "guided_choice": ["a", "b"]}, 400, "guided_choice", "not supp"),
+            ("chat/completions", {**CHAT, "structured_outputs": {"regex": "a"}}, 400, "structured_outputs", "not supp"),
             ("chat/completions", {**CHAT, "messages": []}, 400, "messages", "at least 1"),
             ("chat/completions", {**CHAT, "messages": "hi"}, 400, "messages", "valid list"),
             ("chat/completions", {**CHAT, "messages": [{"role": "user"}]}, 400, "messages", "content is required"),
@@ -99,6 +105,24 @@ class TestRefusals:
         with pytest.raises(openai.BadRequestError) as refusal:
             await stage.openai().completions.create(model=MODEL, prompt=[20] * CONTEXT_TOKENS)
         assert refusal.value.code == "context_length_exceeded"
+
+    @pytest.mark.parametrize(
+        ("path", "body", "param"),
+        [
+            ("completions", {**PROMPT, "prompt": "fox " * 50_000}, "prompt"),
+            ("completions", {**PROMPT, "prompt": ["fox", "fox " * 50_000]}, "prompt"),
+            ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": "fox " * 50_000}]}, "messages"),
+        ],
+    )
+    async def test_a_prompt_far_too_long_is_refused_alike(
+        self, stage: Stage, path: str, body: dict[str, Any], param: str
+    ):
+        status, _, answer = await stage.post(f"/v1/{path}", body)
+        error: Any = answer["error"]
+        assert (status, error["param"], error["code"]) == (400, param, "context_length_exceeded")
+        text = f"this model's maximum context length is 512 tokens, but the {param} has at least "
+        assert error["message"].startswith(text)
+        assert error["message"].endswith("; please reduce its length")
 
     @pytest.mark.parametrize(
         ("data", "content_type", "status", "words"),
@@ -141,6 +165,22 @@ class TestRefusals:
                 assert answer.status == 200
         (ignored,) = (line["fields"] for line in logged if line["event"] == "request_fields_ignored")
         assert ignored == ["something_new", "stream_options.continuous_usage_stats"]
+
+    async def test_what_is_no_http_is_one_line_in_the_log(
+        self, stage: Stage, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ):
+        port = int(stage.gateway.url.rsplit(":", 1)[1])
+        with capture_logs() as logged:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nno header\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.0 400")
+            writer.close()
+        (line,) = logged
+        assert (line["event"], line["log_level"], line["client"]) == ("request_malformed", "info", "127.0.0.1")
+        assert "no header" in line["reason"]
+        assert "\n" not in line["reason"]
+        assert not caplog.records
+        assert "Traceback" not in capsys.readouterr().err
 
     async def test_a_full_queue_says_when_to_come_again(self, stage: Stage):
         stage.leader.refuse_with = RouteCode.OVERLOADED

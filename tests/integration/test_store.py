@@ -123,6 +123,18 @@ async def test_the_leader_writes_and_all_is_read_back(client: EtcdClient, keys: 
     assert (await store.load()).placements == {}
 
 
+async def test_a_deleted_deployment_is_remembered_until_it_is_wanted_again(
+    client: EtcdClient, keys: Keys, leader: Leadership
+) -> None:
+    store = store_of(client, keys, leader)
+    for _ in range(2):
+        assert await store.write_deployment(DEPLOYMENT) is True
+        assert (await store.load()).deleted == frozenset()
+        assert await store.delete_deployment(DEPLOYMENT.deployment) is True
+        state = await store.load()
+        assert (state.deployments, state.deleted) == ({}, {DEPLOYMENT.deployment})
+
+
 async def test_a_zombie_writes_nothing_and_is_told_to_look(client: EtcdClient, keys: Keys, leader: Leadership) -> None:
     # Same name, same process, same key: only the value tells a term from another.
     zombie = leadership("a", 1)
@@ -130,7 +142,8 @@ async def test_a_zombie_writes_nothing_and_is_told_to_look(client: EtcdClient, k
     assert await store.write_placement(PLACEMENT) is False
     assert await store.delete_placement(PLACEMENT.replica) is False
     assert await store.write_deployment(DEPLOYMENT) is False
-    assert zombie.doubts == 3
+    assert await store.delete_deployment(DEPLOYMENT.deployment) is False
+    assert zombie.doubts == 4
     state = await store.load()
     assert state.placements == {}
     assert state.deployments == {}
@@ -182,6 +195,7 @@ async def test_etcd_away_is_unavailable_for_every_call(own_etcd: EtcdChild, keys
             store.write_placement(PLACEMENT),
             store.delete_placement(PLACEMENT.replica),
             store.write_deployment(DEPLOYMENT),
+            store.delete_deployment(DEPLOYMENT.deployment),
             store.revoke_lease(1),
             store.load(),
         ):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from controlplane.runtime.errors import Rejected
+
 Json = Annotated[Path | None, typer.Option("--json", help="Write every number there.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the table there (needs matplotlib).")]
+
+EXIT_UNUSABLE = 2
 
 
 def engine_command(
@@ -43,6 +47,8 @@ def engine_command(
     from tools.bench.rows import publish
     from tools.bench.start import has_gpu
 
+    if device == "cuda" and not has_gpu():
+        _refuse("engine", "--device cuda: torch finds no GPU")
     if device == "cuda" or (device == "auto" and has_gpu()):
         options = {
             "disable_cuda_graph": disable_cuda_graph,
@@ -53,9 +59,12 @@ def engine_command(
         names = [name.strip() for name in models.split(",")]
         report = engine_gpu.measure(names, rounds, options, tensor=tensor, with_profile=profile)
     else:
-        report = engine_cpu.measure(
-            model, rounds, with_peer=peer == "transformers", overlap=overlap, with_profile=profile
-        )
+        try:
+            report = engine_cpu.measure(
+                model, rounds, with_peer=peer == "transformers", overlap=overlap, with_profile=profile
+            )
+        except Rejected as error:
+            _refuse("engine", str(error))
     publish(report, json, plot)
 
 
@@ -63,5 +72,14 @@ def attention_command(json: Json = None, plot: Plot = None) -> None:
     """The attention kernels alone, on a GPU: decodes against memory bandwidth, prompts against the library's."""
     from tools.bench import attention
     from tools.bench.rows import publish
+    from tools.bench.start import has_gpu
 
+    if not has_gpu():
+        _refuse("attention", "needs a GPU, and torch finds none")
     publish(attention.measure(), json, plot)
+
+
+def _refuse(command: str, why: str) -> NoReturn:
+    """End the command with one line on standard error."""
+    typer.echo(f"perdure bench {command}: {why}", err=True)
+    raise typer.Exit(EXIT_UNUSABLE)

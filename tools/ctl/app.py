@@ -169,6 +169,15 @@ def scale(
     _print(row, json, lambda row: f"{row['deployment']}: {row['replicas']} replicas wanted")
 
 
+@app.command()
+def delete(deployment: str, address: Address = None, json: Json = False) -> None:
+    """Serve a deployment no more: its streams end with an error, its devices become free."""
+    with _one_line_errors(), admin(find_addresses(address)) as stub:
+        stub.Delete(admin_pb2.DeleteRequest(deployment=deployment), timeout=CALL_TIMEOUT_S)
+    row = {"deployment": deployment, "deleted": True}
+    _print(row, json, lambda row: f"deployment {row['deployment']} deleted")
+
+
 rollout = typer.Typer(no_args_is_help=True, help="Restart parts of the cluster, one after the other, under load.")
 app.add_typer(rollout, name="rollout")
 

@@ -230,8 +230,10 @@ class SimCoordinator:
         if isinstance(event, PlacementChanged):
             return
         self.hand_in(term, event)
-        initial = self._initial
-        if initial is not None and isinstance(event, core.StoreLoaded) and initial.deployment not in event.deployments:
+        if not isinstance(event, core.StoreLoaded):
+            return
+        initial, known = self._initial, event.deployments.keys() | event.deleted
+        if initial is not None and initial.deployment not in known:
             self.hand_in(term, core.AdminAsked(core.AskId(next(self._numbers)), core.ApplyAsked(initial)))
 
     async def _tick(self) -> None:
@@ -265,7 +267,7 @@ class SimCoordinator:
                 self.process.spawn(self._probe(effect, term))
             case core.RevokeLease():
                 self.process.spawn(self._revoke(effect, term))
-            case core.WritePlacement() | core.DeletePlacement() | core.WriteDeployment():
+            case core.WritePlacement() | core.DeletePlacement() | core.WriteDeployment() | core.DeleteDeployment():
                 self.process.spawn(self._write(effect, term))
             case _:
                 assert_never(effect)
@@ -285,7 +287,9 @@ class SimCoordinator:
         self.hand_in(term, core.RevokeDone(revoke.node, revoke.incarnation, ok))
 
     async def _write(
-        self, effect: core.WritePlacement | core.DeletePlacement | core.WriteDeployment, term: Term
+        self,
+        effect: core.WritePlacement | core.DeletePlacement | core.WriteDeployment | core.DeleteDeployment,
+        term: Term,
     ) -> None:
         try:
             match effect:
@@ -295,6 +299,8 @@ class SimCoordinator:
                     ok = await self._store.delete_placement(effect.replica)
                 case core.WriteDeployment():
                     ok = await self._store.write_deployment(effect.record)
+                case core.DeleteDeployment():
+                    ok = await self._store.delete_deployment(effect.deployment)
             reason = None if ok else Reason(kind=ReasonKind.NOT_LEADER, text="the leader key is another's")
         except (Retryable, FencedError) as error:
             ok, reason = False, error.reason

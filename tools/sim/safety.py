@@ -60,7 +60,7 @@ class Safety:
         """A leader's writes are guarded by the leader key's value; nothing stands in etcd for a request."""
         writes = [op for op in (txn.success if succeeded else txn.failure) if not isinstance(op, Get)]
         for op in writes:
-            if op.key.startswith((self._keys.placements, self._keys.deployments)):
+            if op.key.startswith((self._keys.placements, self._keys.deployments, self._keys.deleted)):
                 guarded = any(one.key == self._keys.leader and one.target is Target.VALUE for one in txn.when)
                 assert guarded, f"{op.key} is written without the leader's guard"
             else:

@@ -79,6 +79,11 @@ class AdminStub:
                 request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
                 _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/perdure.v1.Admin/Delete',
+                request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.DeleteRequest.SerializeToString,
+                response_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.DeleteResponse.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/perdure.v1.Admin/Leave',
                 request_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.LeaveRequest.SerializeToString,
@@ -145,6 +150,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Delete(self, request, context):
+        """NOT_FOUND without such a deployment. Its requests end with an error; its name may be used again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Leave(self, request, context):
         """The process that is asked leaves in order and exits, as at SIGTERM; whatever supervises it starts it again.
         """
@@ -199,6 +211,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
                     response_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=protos_dot_perdure_dot_v1_dot_admin__pb2.DeleteRequest.FromString,
+                    response_serializer=protos_dot_perdure_dot_v1_dot_admin__pb2.DeleteResponse.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -449,6 +466,33 @@ class Admin:
             '/perdure.v1.Admin/Scale',
             protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
             protos_dot_perdure_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.Admin/Delete',
+            protos_dot_perdure_dot_v1_dot_admin__pb2.DeleteRequest.SerializeToString,
+            protos_dot_perdure_dot_v1_dot_admin__pb2.DeleteResponse.FromString,
             options,
             channel_credentials,
             insecure,

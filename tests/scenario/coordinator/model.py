@@ -13,6 +13,7 @@ from functools import partial
 from controlplane.core.messages import (
     CloseConnection,
     ConnectionId,
+    DeleteDeployment,
     DeletePlacement,
     Effect,
     Event,
@@ -106,7 +107,7 @@ class Cluster:
         self.keys: dict[NodeId, NodeRecord] = {}
         self.placements: dict[ReplicaId, PlacementRecord] = {}
         self.deployments: dict[DeploymentId, DeploymentRecord] = {}
-        self.writes: deque[WritePlacement | DeletePlacement | WriteDeployment] = deque()
+        self.writes: deque[WritePlacement | DeletePlacement | WriteDeployment | DeleteDeployment] = deque()
         self.probes: deque[Probe] = deque()
         self.revokes: deque[RevokeLease] = deque()
         self.etcd_up = True
@@ -137,7 +138,7 @@ class Cluster:
                         gateway.session = effect.body.session
             case CloseConnection():
                 self._closed_from_above(effect.connection)
-            case WritePlacement() | DeletePlacement() | WriteDeployment():
+            case WritePlacement() | DeletePlacement() | WriteDeployment() | DeleteDeployment():
                 self.writes.append(effect)
             case Probe():
                 self.probes.append(effect)
@@ -181,6 +182,8 @@ class Cluster:
                 self.placements.pop(write.replica, None)
             case WriteDeployment():
                 self.deployments[write.record.deployment] = write.record
+            case DeleteDeployment():
+                self.deployments.pop(write.deployment, None)
         return self.step(WriteDone(write.write, True))
 
     def revoke_next(self) -> list[Effect]:

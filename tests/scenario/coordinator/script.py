@@ -38,6 +38,7 @@ from controlplane.core.messages import (
     AskId,
     CancelAsked,
     CloseConnection,
+    DeleteDeployment,
     DeletePlacement,
     DrainAsked,
     Effect,
@@ -281,6 +282,8 @@ class Script:
                 return f"etcd delete {effect.replica}"
             case WriteDeployment():
                 return f"etcd put deployment {effect.record.deployment} replicas={effect.record.replicas}"
+            case DeleteDeployment():
+                return f"etcd delete deployment {effect.deployment}"
             case StepDown():
                 pause = f" for {effect.pause_s:g} s" if effect.pause_s else ""
                 return f"STEP DOWN{pause} below term {effect.highest_term}: {show_reason(effect.reason)}"

@@ -11,6 +11,7 @@ from controlplane.core.messages import (
     AdminAsked,
     ApplyAsked,
     AskId,
+    DeleteAsked,
     DeletePlacement,
     DeploymentChanged,
     DrainAsked,
@@ -18,14 +19,15 @@ from controlplane.core.messages import (
     LeaseHeard,
     LeaseMuted,
     ScaleAsked,
+    SendGateway,
     UndrainAsked,
     WriteDeployment,
     WritePlacement,
 )
 from controlplane.core.state import EPOCHS_A_TERM
 from controlplane.runtime.ids import DeploymentId, Epoch, NodeId, ReplicaId, RequestId
-from controlplane.runtime.messages.common import ParallelDegrees, ReasonKind, ReplicaPhase
-from controlplane.runtime.messages.route import RouteBatch
+from controlplane.runtime.messages.common import ParallelDegrees, Reason, ReasonKind, ReplicaPhase
+from controlplane.runtime.messages.route import MoveRequests, RouteBatch, RouteCause, RouteCode, RoutedBatch
 from controlplane.runtime.records import DeploymentRecord
 from tests.scenario.coordinator.model import Cluster
 from tests.scenario.coordinator.peers import deployment, entry, snapshot_of
@@ -282,6 +284,76 @@ def test_scaling_what_is_not_there_is_refused() -> None:
     answer = answer_of(started().step(AdminAsked(AskId(1), ScaleAsked(DeploymentId("x"), 2))))
     assert answer.error is not None
     assert answer.error.kind is ReasonKind.UNKNOWN_ID
+
+
+def test_what_is_created_is_said_so_also_when_the_watch_is_first() -> None:
+    cluster = started()
+    record = deployment("n", path="/models/n")
+    cluster.step(AdminAsked(AskId(1), ApplyAsked(record)))
+    cluster.step(DeploymentChanged(record.deployment, record))
+    assert answer_of(cluster.write_next()).created
+
+
+def delete(cluster: Cluster, name: str = "m") -> list[Effect]:
+    effects = cluster.step(AdminAsked(AskId(1), DeleteAsked(DeploymentId(name))))
+    while cluster.writes:
+        effects += cluster.write_next()
+    return effects
+
+
+def test_deleting_is_answered_once_written_and_leaves_nothing() -> None:
+    cluster = started(2)
+    effects = cluster.step(AdminAsked(AskId(1), DeleteAsked(M)))
+    assert not any(isinstance(effect, AdminAnswered) for effect in effects)
+    assert M in cluster.state.deployments
+    assert answer_of(cluster.write_next()).error is None
+    # What the watch says then changes nothing more.
+    cluster.step(DeploymentChanged(M, None))
+    cluster.settle()
+    assert not cluster.deployments
+    assert not cluster.state.deployments
+    assert not cluster.placements
+    assert answer_of(apply(cluster, deployment())).created
+
+
+def test_requests_of_a_deleted_deployment_are_refused() -> None:
+    """Those that run are moved, which asks for them anew; those that wait hear it at once."""
+    cluster = started(1)
+    gateway = cluster.add_gateway("g1")
+    cluster.tell(gateway, RouteBatch(entries=(entry("runs"),)))
+    waiting = tuple(entry(f"waits{place}") for place in range(64))
+    cluster.tell(gateway, RouteBatch(entries=waiting))
+    waits = [name for name, request in cluster.state.requests.items() if request.permit is None]
+    assert waits
+    effects = delete(cluster)
+    assert any(isinstance(effect, SendGateway) and isinstance(effect.body, MoveRequests) for effect in effects)
+    moved = entry("runs", attempt=2, cause=RouteCause.PLANNED)
+    effects += cluster.tell(gateway, RouteBatch(entries=(moved, entry("new"))))
+    assert refused(effects) == dict.fromkeys([*waits, "runs", "new"], RouteCode.UNKNOWN_DEPLOYMENT)
+
+
+def refused(effects: list[Effect]) -> dict[RequestId, RouteCode]:
+    batches = [effect.body for effect in effects if isinstance(effect, SendGateway)]
+    return {one.request: one.code for batch in batches if isinstance(batch, RoutedBatch) for one in batch.refused}
+
+
+def test_deleting_what_is_not_there_is_refused() -> None:
+    cluster = started()
+    answer = answer_of(delete(cluster, "x"))
+    assert answer.error == Reason(kind=ReasonKind.UNKNOWN_ID, text="no deployment x")
+    assert M in cluster.deployments
+    assert answer_of(delete(cluster)).error is None
+    assert answer_of(delete(cluster)).error == Reason(kind=ReasonKind.UNKNOWN_ID, text="no deployment m")
+
+
+def test_deleting_without_etcd_changes_nothing() -> None:
+    cluster = started()
+    cluster.etcd_up = False
+    errors = [answer_of(delete(cluster)).error]
+    cluster.step(LeaseMuted())
+    errors.append(answer_of(delete(cluster)).error)
+    assert [error.kind for error in errors if error] == [ReasonKind.STORE_UNAVAILABLE] * 2
+    assert phases(cluster) == {"m-0": ReplicaPhase.READY}
 
 
 def test_ranks_meet_at_the_address_of_their_node_and_not_at_what_its_machine_calls_itself() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from controlplane.gateway.detokenizer import HALF_CHARACTER, HELD_TOKENS_MAX, Detokenizer, StopStrings
-from controlplane.gateway.tokenizer import byte_level_alphabet
+from controlplane.gateway.token_bound import byte_level_alphabet
 from tests.support.tokenizers import SPECIAL, write_model
 
 

@@ -30,7 +30,9 @@ def completion(**fields: object):
 
 
 def test_a_null_takes_the_default():
-    sampling = completion(temperature=None, top_p=None, n=None, stop=None, logit_bias=None, seed=None).sampling
+    sampling = completion(
+        temperature=None, top_p=None, n=None, stop=None, logit_bias=None, seed=None, guided_json=None
+    ).sampling
     assert (sampling.temperature, sampling.top_p, sampling.logprobs) == (1.0, 1.0, None)
 
 

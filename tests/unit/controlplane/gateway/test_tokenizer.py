@@ -10,7 +10,13 @@ import pytest
 
 from controlplane.gateway import tokenizer as module
 from controlplane.gateway.chat_template import TemplateFailed
-from controlplane.gateway.tokenizer import LONG_TEXT_CHARS, ModelTokenizer, TokenizerMissing, TokenizerPool
+from controlplane.gateway.tokenizer import (
+    LONG_TEXT_CHARS,
+    ModelTokenizer,
+    TextTooLong,
+    TokenizerMissing,
+    TokenizerPool,
+)
 from controlplane.runtime.errors import Retryable
 from tests.support.tokenizers import CONTEXT_TOKENS, TEXT, write_model
 
@@ -74,6 +80,20 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerMissing, match=r"tokenizer\.json"):
         ModelTokenizer(tmp_path)
+
+
+async def test_what_is_surely_too_long_is_not_tokenised(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = ModelTokenizer(folder)
+    pool = TokenizerPool(retry_ms=100)
+    text = "fox " * LONG_TEXT_CHARS
+    tokens = len(await pool.encode(tokenizer, text, add_special_tokens=False))
+    # What may still fit is counted.
+    assert len(await pool.encode(tokenizer, text, add_special_tokens=False, tokens_max=tokens - 1)) == tokens
+    monkeypatch.setattr(ModelTokenizer, "encode", None)
+    with pytest.raises(TextTooLong) as refusal:
+        await pool.encode(tokenizer, text, add_special_tokens=False, tokens_max=100)
+    assert 100 < refusal.value.tokens_min <= tokens
+    pool.close()
 
 
 async def test_long_texts_are_tokenised_off_the_loop(tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch):

@@ -23,6 +23,7 @@ def test_the_keys_of_the_records() -> None:
     assert keys.peer("cp1") == "/perdure/prod/controlplanes/cp1"
     assert keys.node(NodeId("n1")) == "/perdure/prod/nodes/n1"
     assert keys.deployment(DeploymentId("d")) == "/perdure/prod/deployments/d"
+    assert keys.deleted_deployment(DeploymentId("d")) == "/perdure/prod/deleted/d"
     assert keys.placement(ReplicaId("d-0")) == "/perdure/prod/placements/d-0"
 
 
