@@ -21,12 +21,12 @@ from dataplane.engine.huge_pages import collapse
 from dataplane.engine.row_bits import COUNTS, by_counts, is_steady, probe_rows, probe_weight, steady_counts
 
 _CACHED_ELEMENTS = 1 << 24
-"""A weight of more does not stay in a cache, and is packed for what reads it fastest: up to 16 rows."""
+"""A weight of more stays in no cache, and is packed for what reads it fastest: up to 16 rows."""
 
 ROWS_MIN = 4
 """Rows that a step has at least: what is small is never computed as the special case of one row."""
 
-TRIED_FLOP = 5e9
+TRIED_FLOP = 2e9
 """Of the largest product whose bits are looked at: some hundredths of a second."""
 
 _product = torch.ops.mkldnn._linear_pointwise.default

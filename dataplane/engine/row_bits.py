@@ -21,11 +21,13 @@ from torch import Tensor
 Product = Callable[[Tensor], Tensor]
 """(R, I) -> (R, O), or whatever else has a row for each row."""
 
-COUNTS = (4, 8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+COUNTS = (*range(4, 32, 4), *range(32, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, 1025, 128))
 """Numbers of rows to try. The least is 4: of that many oneDNN takes less time than of two."""
 
-PADDED_ROWS_MAX = 3
-"""So many rows that nobody wants are computed rather than another product made."""
+PADDED_ROWS = 3
+PADDED_SHARE = 8
+"""So many rows that nobody wants, or one for so many that somebody does, are computed rather than another product
+made: that would read the weight again."""
 
 _SHIFTS = (1, 2, 3, 5)
 _SEED = 20_261_128
@@ -93,6 +95,7 @@ def cut(count: int, counts: tuple[int, ...]) -> tuple[int, ...]:
     while count > 0:
         above = next((size for size in counts if size >= count), None)
         below = max((size for size in counts if size <= count), default=counts[0])
-        sizes.append(above if above is not None and above - count <= PADDED_ROWS_MAX else below)
+        may_pad = max(PADDED_ROWS, count // PADDED_SHARE)
+        sizes.append(above if above is not None and above - count <= may_pad else below)
         count -= sizes[-1]
     return tuple(sizes)

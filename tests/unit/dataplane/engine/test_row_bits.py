@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dataplane.engine.row_bits import COUNTS, PADDED_ROWS_MAX, by_counts, cut, is_steady, probe_rows, steady_counts
+from dataplane.engine.row_bits import (
+    COUNTS,
+    PADDED_ROWS,
+    PADDED_SHARE,
+    by_counts,
+    cut,
+    is_steady,
+    probe_rows,
+    steady_counts,
+)
 
 
 class Library:
@@ -26,8 +35,8 @@ class Library:
 
 
 def test_numbers_of_rows_with_other_bits_are_left_out() -> None:
-    library = Library(other={12, 48, 64})
-    assert steady_counts(library, probe_rows(100, 16, torch.float32)) == (4, 8, 16, 20, 24, 28, 32, 96)
+    library = Library(other={12, 48, 64, 80})
+    assert steady_counts(library, probe_rows(100, 16, torch.float32)) == (4, 8, 16, 20, 24, 28, 32, 40, 56, 96)
     assert max(library.asked) == 96
 
 
@@ -42,7 +51,7 @@ def test_parts_cover_all_rows_and_fill_up_the_last_alone(count: int, counts: tup
     sizes = cut(count, counts)
     assert set(sizes) <= set(counts)
     assert sum(sizes[:-1]) < count <= sum(sizes)
-    assert sum(sizes) - count <= max(PADDED_ROWS_MAX, counts[0] - 1)
+    assert sum(sizes) - count <= max(PADDED_ROWS, counts[0] - 1, count // PADDED_SHARE)
 
 
 def test_only_these_numbers_are_asked_for() -> None:
