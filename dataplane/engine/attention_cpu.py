@@ -185,7 +185,7 @@ def _of_tiles(q_NKRD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, mask: Tensor, scor
     if lacking:
         q_NKRD, k_NKLD, v_NKLD = (F.pad(side, (0, lacking)) for side in (q_NKRD, k_NKLD, v_NKLD))
     out, log_sum = _flash(q_NKRD, k_NKLD, v_NKLD, 0.0, False, attn_mask=mask, scale=score.scaling)
-    return out[..., :dim], log_sum
+    return out[..., :dim].contiguous(), log_sum
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, score: Score) -> tuple[Tensor, Tensor]:
