@@ -33,16 +33,10 @@ NAME_LENGTH_MAX = 63
 SLOW_NODES = ("report", slowness.DRAIN)
 STRATEGIES = ("checkpoint_restart", ELASTIC)
 
-_FROZEN = Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the leader cannot reach etcd")
-
 
 def apply(state: ClusterState, ask: AskId, asked: ApplyAsked) -> None:
     """An operator's deployment: checked, then written to etcd, then taken."""
-    fault = fault_of(state, asked.record)
-    if state.frozen:
-        fault = _FROZEN
-    if fault is not None:
-        state.emit(AdminAnswered(ask, fault))
+    if _refused(state, ask, fault_of(state, asked.record)):
         return
     write = state.mint_write()
     # Not once it is written: what etcd's watch says of it may come before.
@@ -63,15 +57,20 @@ def scale(state: ClusterState, ask: AskId, asked: ScaleAsked) -> None:
 def delete(state: ClusterState, ask: AskId, asked: DeleteAsked) -> None:
     """An operator has no more use for a deployment: deleted from etcd, then removed."""
     known = state.deployments.get(asked.deployment)
-    fault = _unknown(asked.deployment) if known is None or known.removed else None
-    if state.frozen:
-        fault = _FROZEN
-    if fault is not None:
-        state.emit(AdminAnswered(ask, fault))
+    if _refused(state, ask, _unknown(asked.deployment) if known is None or known.removed else None):
         return
     write = state.mint_write()
     state.deleting[write] = (ask, asked.deployment)
     state.emit(DeleteDeployment(write, asked.deployment))
+
+
+def _refused(state: ClusterState, ask: AskId, fault: Reason | None) -> bool:
+    """Tell the operator what stands against writing to etcd, if anything does."""
+    if state.frozen:
+        fault = Reason(kind=ReasonKind.STORE_UNAVAILABLE, text="the leader cannot reach etcd")
+    if fault is not None:
+        state.emit(AdminAnswered(ask, fault))
+    return fault is not None
 
 
 def _unknown(name: DeploymentId) -> Reason:

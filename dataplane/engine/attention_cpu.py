@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import structlog
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,8 @@ from dataplane.engine.kv_cache import KVCache
 from dataplane.engine.tiles import TILE_TOKENS, Layout, TileGroup, cut
 from dataplane.models.recognise import TURNS, turn_halves
 from dataplane.progress import ProgressPage
+
+_log = structlog.get_logger()
 
 REGISTER_FEATURES = 32
 """Of half precision, that a row of a tile register (AMX) holds. Where a head's features do not fill the last one, the
@@ -99,9 +102,9 @@ class CpuAttentionStep:
 def rows_multiple(key_dim: int, value_dim: int, dtype: torch.dtype, capped: bool) -> int:
     """Query rows of which attention to a tile gives each the same bits however many multiples of so many there are.
 
-    Found by trying, as in row_bits.py: MKL's products in single precision of up to a tenth as many rows as the head is
-    wide take other kernels on some processors. The flash kernel cuts rows into blocks of 32, 64 or 256, so what is
-    left over matters, too.
+    Found by trying, as in row_bits.py; where no number of them is found, that is logged. MKL's products in single
+    precision of up to a tenth as many rows as the head is wide take other kernels on some processors. The flash kernel
+    cuts rows into blocks of 32, 64 or 256, so what is left over matters, too.
     """
     if capped or key_dim != value_dim:
         # What the flash kernel does not know is computed in it.
@@ -120,6 +123,7 @@ def rows_multiple(key_dim: int, value_dim: int, dtype: torch.dtype, capped: bool
         counts = (multiple, 2 * multiple, 3 * multiple, 32 + multiple, 192 + multiple, 768 + multiple)
         if all(torch.equal(_of_tiles(q[:, :, :n], k, v, mask, score)[0], whole[:, :, :n]) for n in counts):
             return multiple
+    _log.warning("attention_turns_on_the_batch", key_dim=key_dim, value_dim=value_dim, dtype=str(dtype))
     return _MULTIPLES[-1]
 
 
@@ -185,7 +189,7 @@ def _of_tiles(q_NKRD: Tensor, k_NKLD: Tensor, v_NKLD: Tensor, mask: Tensor, scor
     if lacking:
         q_NKRD, k_NKLD, v_NKLD = (F.pad(side, (0, lacking)) for side in (q_NKRD, k_NKLD, v_NKLD))
     out, log_sum = _flash(q_NKRD, k_NKLD, v_NKLD, 0.0, False, attn_mask=mask, scale=score.scaling)
-    return out[..., :dim].contiguous(), log_sum
+    return out[..., :dim].contiguous() if lacking else out, log_sum
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, score: Score) -> tuple[Tensor, Tensor]:

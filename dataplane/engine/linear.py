@@ -29,6 +29,9 @@ ROWS_MIN = 4
 TRIED_FLOP = 2e9
 """Of the largest product whose bits are looked at: some hundredths of a second."""
 
+Packed = tuple[Tensor, tuple[int, ...]]
+"""A packed weight, and numbers of rows that it is multiplied by."""
+
 _product = torch.ops.mkldnn._linear_pointwise.default
 
 
@@ -39,9 +42,9 @@ class PackedMatmul:
     """
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[int, tuple[int, ...]], tuple[Tensor, tuple[int, ...]]] = {}
+        self._packed: dict[tuple[int, tuple[int, ...]], Packed] = {}
         # The weight packed last, and what it became: for most modules the only one.
-        self._last: tuple[Tensor | None, tuple[Tensor, tuple[int, ...]]] = None, (torch.empty(0), ())
+        self._last: tuple[Tensor | None, Packed] = None, (torch.empty(0), ())
 
     def __call__(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         packed, counts = self._last[1] if self._last[0] is weight_OI else self._find(weight_OI)
@@ -54,11 +57,11 @@ class PackedMatmul:
         y = by_counts(lambda part: _product(part, packed, bias_O, "none", [], ""), rows, counts)
         return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
-    def _find(self, weight_OI: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    def _find(self, weight_OI: Tensor) -> Packed:
         found = self._packed.get((weight_OI.data_ptr(), weight_OI.shape))
         return self.prepare(weight_OI) if found is None else found
 
-    def prepare(self, weight_OI: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    def prepare(self, weight_OI: Tensor) -> Packed:
         """Pack a weight that will be multiplied by, on huge pages where there are any; and how many rows at a time."""
         weight = weight_OI.detach().to(packed_dtype(weight_OI.dtype)).contiguous()
         packed = _pack(weight)
@@ -70,8 +73,9 @@ class PackedMatmul:
 
 
 def _pack(weight_OI: Tensor) -> Tensor:
-    """In the order for one row, products of almost all numbers of rows have the same bits; in the one for 16 they are
-    up to a fifth faster, but have others from 33 or 37 rows on (bfloat16, AMX)."""
+    """In the order for one row, products of almost all numbers of rows have the same bits. In the one for 16 they have
+    others from 33 or 37 rows on (bfloat16, AMX), but are up to a fifth faster, and those of few rows up to twice as
+    fast where the weight comes from memory."""
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI, 16 if _is_large(weight_OI.numel()) else 1)
 
 
@@ -122,7 +126,8 @@ def pack(module: nn.Module, report: Callable[[float], None] = lambda _: None) ->
 
 @cache
 def _block_rows(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> int:
-    """Rows of a block in which it does not matter where a row stands, also where a router computes in float32."""
+    """Rows of a block in which it does not matter where a row stands, also where a router computes in float32. With so
+    many `threads` as are set now."""
 
     def steady(count: int, dtype: torch.dtype) -> bool:
         weight = probe_weight(outputs, inputs, dtype)

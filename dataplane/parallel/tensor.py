@@ -61,14 +61,17 @@ class RowParallelLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.group.size == 1:
             return self.matmul(x, self.weight, self.bias)
-        pieces = row_pieces(x.numel() // x.shape[-1], len(self.weight) * x.element_size())
-        if self.matmul_into is not None and len(pieces) > 1:
-            y = self._summed_by_pieces(x, pieces, self.matmul_into)
-        else:
-            y = self.group.all_reduce(self.matmul(x, self.weight, None))
+        into = self.matmul_into
+        y = self._summed(x) if into is None else self._summed_by_pieces(x, into)
         return y if self.bias is None else y + self.bias
 
-    def _summed_by_pieces(self, x: Tensor, pieces: Sequence[Range], matmul_into: MatmulInto) -> Tensor:
+    def _summed(self, x: Tensor) -> Tensor:
+        return self.group.all_reduce(self.matmul(x, self.weight, None))
+
+    def _summed_by_pieces(self, x: Tensor, matmul_into: MatmulInto) -> Tensor:
+        pieces = row_pieces(x.numel() // x.shape[-1], len(self.weight) * x.element_size())
+        if len(pieces) == 1:
+            return self._summed(x)
         y = x.new_empty(*x.shape[:-1], len(self.weight))
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, len(self.weight))
         under_way = []
